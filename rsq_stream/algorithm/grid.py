@@ -1,0 +1,109 @@
+"""Scalar grids: which values the codes of a group of weights can stand for.
+
+A code is 0 .. 2**bits - 1 and decodes to round_to_model_type(s (code - z)). On
+the symmetric grid z = 2**(bits-1), so the levels are -2**(bits-1) ..
+2**(bits-1) - 1 times s; a negative s mirrors them, at no cost in the format.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.ops.clip_search import best_scale
+
+CLIP_STEP = 0.01
+"""Candidate scales shrink by 1 % of the full range, as in the reference code."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A family of grids; ``search`` picks scale and zero point for given weights."""
+
+    bits: int
+    symmetric: bool
+    signed_scales: bool
+    clip_exponent: float
+    clip_steps: int
+    storage_type: torch.dtype
+    """Type of stored scales and of decoded weights: the model's."""
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def search(
+        self, target_RC: Float[Tensor, "R C"]
+    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
+        """Give scale and zero point per row; scales are exact in the stored type.
+
+        Candidates are full range times 1.00, 0.99, ... (``clip_steps`` of them),
+        rounded to the stored type before they are tried. A row of zeros gets
+        the scale 1.
+        """
+        low_R = target_RC.amin(dim=1).clamp(max=0)
+        high_R = target_RC.amax(dim=1).clamp(min=0)
+        if self.symmetric:
+            full_R = torch.maximum(-low_R, high_R) / (2 ** (self.bits - 1) - 1)
+            zero_R = torch.full_like(full_R, 2 ** (self.bits - 1))
+        else:
+            full_R = (high_R - low_R) / self.top
+            safe_R = torch.where(full_R > 0, full_R, 1.0)
+            zero_R = torch.round(-low_R / safe_R).clamp(0, self.top)
+        shrink_P = 1 - CLIP_STEP * torch.arange(
+            self.clip_steps, dtype=torch.float32, device=target_RC.device
+        )
+        scale_RP = self._storable(full_R[:, None] * shrink_P)
+        mirrored = self.symmetric and self.signed_scales
+        best_R = best_scale(
+            target_RC, scale_RP, zero_R, self.top, self.clip_exponent, mirrored
+        )
+        index_R = torch.where(best_R < 0, -1 - best_R, best_R)
+        scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
+        return torch.where(best_R < 0, -scale_R, scale_R), zero_R
+
+    def _storable(self, scale: Tensor) -> Tensor:
+        """Round to the stored type; what would be stored as 0 or infinity is mended."""
+        info = torch.finfo(self.storage_type)
+        stored = scale.clamp(max=info.max).to(self.storage_type).float()
+        tiny = torch.full_like(stored, info.tiny)
+        return torch.where(scale > 0, torch.maximum(stored, tiny), 1.0)
+
+    def levels(
+        self, scale_R: Float[Tensor, "R"], zero_R: Float[Tensor, "R"]
+    ) -> Float[Tensor, "R L"]:
+        """Give what each code decodes to, per row, as a loader computes it."""
+        code_L = torch.arange(
+            self.top + 1, dtype=torch.float32, device=scale_R.device
+        )
+        return self.rounded((code_L - zero_R[:, None]) * scale_R[:, None])
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Round to the model's type and come back to fp32."""
+        return weight.to(self.storage_type).float()
+
+    def nearest(
+        self,
+        target_RC: Float[Tensor, "R C"],
+        scale_R: Float[Tensor, "R"],
+        zero_R: Float[Tensor, "R"],
+    ) -> Float[Tensor, "R C"]:
+        """Give the codes of plain rounding to nearest, as fp32 whole numbers."""
+        code_RC = torch.round(target_RC * (1.0 / scale_R)[:, None]) + zero_R[:, None]
+        return code_RC.clamp(0, self.top)
+
+
+def decode(
+    code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, storage_type: torch.dtype
+) -> Float[Tensor, "O I"]:
+    """Compute round_to_model_type(s (code - z)) for a whole linear, in fp32.
+
+    Shapes: codes ``[O, I]`` (any whole-number type), scales and zero points
+    ``[O, G]`` with I divisible by G.
+    """
+    outputs, inputs = code_OI.shape
+    code_OGC = code_OI.reshape(outputs, scale_OG.shape[1], -1).float()
+    weight_OGC = (code_OGC - zero_OG[:, :, None].float()) * scale_OG[:, :, None].float()
+    return weight_OGC.reshape(outputs, inputs).to(storage_type).float()

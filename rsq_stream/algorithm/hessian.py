@@ -1,0 +1,63 @@
+"""The weighted Hessian of a linear's inputs, H = sum over tokens of w x x^T.
+
+Only the upper triangle is accumulated, by panels of columns. A panel is computed
+by one worker, one unit after the other: neither the number of workers nor the
+number of units in flight changes a bit.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.ops.pool import Pool
+
+
+class Hessian:
+    """Upper triangle of H, fp32, with the sum of the weights beside it."""
+
+    def __init__(self, inputs: int, panel: int, device: torch.device) -> None:
+        self.matrix_II: Float[Tensor, "I I"] = torch.zeros(
+            inputs, inputs, dtype=torch.float32, device=device
+        )
+        self.panel = panel
+        self.tokens = 0
+
+    def add(
+        self, units: list[tuple[Float[Tensor, "T I"], Float[Tensor, "T"]]], pool: Pool
+    ) -> None:
+        """Add units of (inputs, token weights), in their order.
+
+        Inputs are fp32 (or bf16 on CUDA, where the products go in hi and lo
+        terms); the token weights must already be rounded to bf16.
+        """
+        inputs = self.matrix_II.shape[0]
+
+        def add_panel(start: int) -> None:
+            end = min(start + self.panel, inputs)
+            panel_IC = self.matrix_II[:end, start:end]
+            for x_TI, weight_T in units:
+                accumulate(panel_IC, x_TI[:, :end], x_TI[:, start:end], weight_T)
+
+        pool.map(add_panel, range(0, inputs, self.panel))
+        self.tokens += sum(x_TI.shape[0] for x_TI, _ in units)
+
+
+def accumulate(
+    panel_IC: Float[Tensor, "I C"],
+    x_TI: Tensor,
+    x_TC: Tensor,
+    weight_T: Float[Tensor, "T"],
+) -> None:
+    """Compute ``panel += x_TI^T (w * x_TC)`` in place, accumulating in fp32.
+
+    fp32 inputs: one fp32 product. bf16 inputs: w * x has 16 significant bits, so
+    it is the exact sum of two bf16 terms; two products with fp32 results.
+    """
+    weighted_TC = weight_T[:, None] * x_TC.float()
+    if x_TI.dtype == torch.float32:
+        panel_IC.addmm_(x_TI.T, weighted_TC)
+        return
+    high_TC = weighted_TC.to(x_TI.dtype)
+    low_TC = (weighted_TC - high_TC.float()).to(x_TI.dtype)
+    for term_TC in (high_TC, low_TC):
+        panel_IC += torch.mm(x_TI.T, term_TC, out_dtype=torch.float32)

@@ -1,0 +1,67 @@
+"""Everything that can go wrong, as one tree.
+
+::
+
+    RsqError
+    ├── UsageError (ValueError)         an option is out of bounds
+    ├── CheckpointError (ValueError)    the source folder, its shards or its config
+    │   └── UnsupportedModelError       a family or shape this tool does not know
+    ├── CalibrationError (ValueError)   the calibration text cannot give the windows
+    ├── PlanMismatchError (ValueError)  a run exists here, made with another plan
+    ├── OutputError (OSError)           the output folder, or what is in it
+    ├── ScratchError (OSError)          the work folder: journal, activations, disk full
+    ├── KernelError (RuntimeError)      a compiled kernel refused its arguments
+    ├── BudgetError (MemoryError)       the stated memory cannot hold the work
+    ├── NumericalError (ArithmeticError)  NaN or infinity in the activations
+    └── Interrupted (RuntimeError)      stopped at a safe point; resumable
+
+Each message says what, where, wanted, got, and what to do, in one line.
+"""
+
+
+class RsqError(Exception):
+    """Base of every error that this tool raises on purpose."""
+
+
+class UsageError(RsqError, ValueError):
+    """An option or plan field is out of bounds."""
+
+
+class CheckpointError(RsqError, ValueError):
+    """The source checkpoint cannot be read as it stands."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The source is sound, but of a family or shape that is not supported."""
+
+
+class CalibrationError(RsqError, ValueError):
+    """The calibration text cannot give the windows that were asked for."""
+
+
+class PlanMismatchError(RsqError, ValueError):
+    """The work folder holds an unfinished run of another plan."""
+
+
+class OutputError(RsqError, OSError):
+    """The output folder cannot be written, or its content is not what it says."""
+
+
+class ScratchError(RsqError, OSError):
+    """The work folder failed: journal, activation cache or free space."""
+
+
+class KernelError(RsqError, RuntimeError):
+    """A compiled kernel was given arguments that it cannot take."""
+
+
+class BudgetError(RsqError, MemoryError):
+    """The stated memory cannot hold the smallest unit of work."""
+
+
+class NumericalError(RsqError, ArithmeticError):
+    """NaN or infinity appeared in the activations."""
+
+
+class Interrupted(RsqError, RuntimeError):  # noqa: N818  the word users know
+    """The run was asked to stop and did so at a safe point."""

@@ -1,0 +1,1 @@
+"""Perplexity and samples, streamed block by block."""

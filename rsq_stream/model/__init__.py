@@ -1,0 +1,1 @@
+"""A decoder block as data and as staged functions."""

@@ -1,0 +1,145 @@
+"""One decoder block of transformers, filled from tensors and run stage by stage.
+
+The layer is transformers' own, built without memory and filled with the block's
+tensors. o_proj and down_proj are taken out of their modules, so that these give
+their inputs; the block's stages are then
+
+    a = norm1(x);  c = attention(q(a), k(a), v(a));  h = x + o(c)
+    m = norm2(h);  u = act(gate(m)) * up(m);         x' = h + down(u)
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from rsq_stream.model.architecture import Family
+from rsq_stream.model.attention import NAME as ATTENTION
+
+
+def transformers_class(family: Family, suffix: str) -> type:
+    """Look up a class of the family's module, such as its ``DecoderLayer``."""
+    kind = family.model_type
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    found: type = getattr(module, family.stem + suffix)
+    return found
+
+
+def layer_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
+    """Build transformers' config object, with this tool's attention function."""
+    kind = family.model_type
+    module = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
+    made: PretrainedConfig = getattr(module, family.stem + "Config").from_dict(
+        {key: value for key, value in config.items() if key != "quantization_config"}
+    )
+    made._attn_implementation = ATTENTION  # noqa: SLF001  no public setter
+    return made
+
+
+class Rope:
+    """cos and sin of the rotary embedding for positions 0 .. T-1, made once."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: PretrainedConfig,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        module = transformers_class(family, "RotaryEmbedding")(config=config).to(device)
+        position_BT = torch.arange(tokens, device=device)[None]
+        like = torch.zeros((), dtype=dtype, device=device)
+        self.position_BT = position_BT
+        self.cos_BTK, self.sin_BTK = module(like, position_BT)
+
+
+class Block:
+    """A decoder block whose weights can be read and replaced between stages."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: PretrainedConfig,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        rope: Rope,
+    ) -> None:
+        with torch.device("meta"):
+            layer = transformers_class(family, "DecoderLayer")(config, index)
+        layer.load_state_dict(dict(tensors), strict=True, assign=True)
+        layer.requires_grad_(requires_grad=False)
+        self._linears: dict[str, nn.Linear] = {
+            name: module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        self._attention_norm: nn.Module = layer.input_layernorm
+        self._mlp_norm: nn.Module = layer.post_attention_layernorm
+        self._attention: nn.Module = layer.self_attn
+        self._mlp: nn.Module = layer.mlp
+        self._attention.o_proj = nn.Identity()
+        self._mlp.down_proj = nn.Identity()
+        self._rope = rope
+
+    def weight(self, linear: str) -> Float[Tensor, "O I"]:
+        """Give the weight of a linear as it is now."""
+        return self._linears[linear].weight
+
+    def replace_weight(self, linear: str, weight_OI: Float[Tensor, "O I"]) -> None:
+        """Put another weight in a linear's place; later stages run with it."""
+        old = self._linears[linear].weight
+        self._linears[linear].weight = nn.Parameter(
+            weight_OI.to(old), requires_grad=False
+        )
+
+    def attention_input(self, x_BTD: Tensor) -> Tensor:
+        """a = norm1(x): the input of q, k, v."""
+        return self._attention_norm(x_BTD)  # type: ignore[no-any-return]
+
+    def column_sums(self, a_BTD: Tensor) -> Float[Tensor, "B T"]:
+        """Give the attention each token receives, by the present q and k."""
+        _, sums_BT = self._attend(a_BTD, column_sums=True)
+        return sums_BT
+
+    def attention_output(self, a_BTD: Tensor) -> Tensor:
+        """c = attention(q(a), k(a), v(a)): the input of o."""
+        c_BTI, _ = self._attend(a_BTD)
+        return c_BTI
+
+    def after_attention(self, x_BTD: Tensor, c_BTI: Tensor) -> Tensor:
+        """h = x + o(c)."""
+        return x_BTD + self._linears["self_attn.o_proj"](c_BTI)
+
+    def mlp_input(self, h_BTD: Tensor) -> Tensor:
+        """m = norm2(h): the input of gate and up."""
+        return self._mlp_norm(h_BTD)  # type: ignore[no-any-return]
+
+    def mlp_output(self, m_BTD: Tensor) -> Tensor:
+        """u = act(gate(m)) * up(m): the input of down."""
+        return self._mlp(m_BTD)  # type: ignore[no-any-return]
+
+    def after_mlp(self, h_BTD: Tensor, u_BTI: Tensor) -> Tensor:
+        """x' = h + down(u): the input of the next block."""
+        return h_BTD + self._linears["mlp.down_proj"](u_BTI)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Run the whole block."""
+        c_BTI = self.attention_output(self.attention_input(x_BTD))
+        h_BTD = self.after_attention(x_BTD, c_BTI)
+        return self.after_mlp(h_BTD, self.mlp_output(self.mlp_input(h_BTD)))
+
+    def _attend(self, a_BTD: Tensor, **options: bool) -> tuple[Tensor, Any]:
+        rope, tokens = self._rope, a_BTD.shape[1]
+        output: tuple[Tensor, Any] = self._attention(
+            hidden_states=a_BTD,
+            position_embeddings=(rope.cos_BTK[:, :tokens], rope.sin_BTK[:, :tokens]),
+            attention_mask=None,
+            position_ids=rope.position_BT[:, :tokens],
+            **options,
+        )
+        return output

@@ -1,0 +1,122 @@
+"""Find, row by row, which candidate scale rounds a run of weights best.
+
+error(p) = sum over c of |t_c - s_p (clamp(round(t_c / s_p) + z, 0, top) - z)|^e,
+and, where the grid may be mirrored, the same for -s_p. The smallest error wins,
+the earlier candidate on a tie, the upright grid before the mirrored one.
+"""
+
+from typing import no_type_check
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_ROUND = np.float32(12582912.0)
+"""1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
+
+
+def best_scale(
+    target_RC: Float[Tensor, "R C"],
+    scale_RP: Float[Tensor, "R P"],
+    zero_R: Float[Tensor, "R"],
+    top: int,
+    exponent: float,
+    mirrored: bool,
+) -> Int[Tensor, "R"]:
+    """Give per row the best candidate's index p, or -1 - p for its mirror.
+
+    ``scale_RP`` is positive; ``zero_R`` holds whole numbers from 0 to ``top``.
+    """
+    if target_RC.is_cuda:
+        return best_scale_naive(target_RC, scale_RP, zero_R, top, exponent, mirrored)
+    best_R = np.empty(target_RC.shape[0], dtype=np.int64)
+    _best_scale(
+        np.ascontiguousarray(target_RC.numpy()),
+        np.ascontiguousarray(scale_RP.numpy()),
+        zero_R.numpy(),
+        np.float32(top),
+        np.float32(exponent),
+        mirrored,
+        best_R,
+    )
+    return torch.from_numpy(best_R)
+
+
+def best_scale_naive(
+    target_RC: Float[Tensor, "R C"],
+    scale_RP: Float[Tensor, "R P"],
+    zero_R: Float[Tensor, "R"],
+    top: int,
+    exponent: float,
+    mirrored: bool,
+) -> Int[Tensor, "R"]:
+    """Do the same, candidate by candidate, on any device and in any float type."""
+    errors_PR = []
+    zero_R1 = zero_R[:, None]
+    for sign in (1, -1) if mirrored else (1,):
+        for scale_R in scale_RP.T:
+            scale_R1 = sign * scale_R[:, None]
+            code_RC = (torch.round(target_RC / scale_R1) + zero_R1).clamp(0, top)
+            error_RC = (target_RC - scale_R1 * (code_RC - zero_R1)).abs()
+            errors_PR.append(error_RC.pow(exponent).sum(dim=1))
+    best_R = torch.stack(errors_PR).argmin(dim=0)
+    candidates = scale_RP.shape[1]
+    return torch.where(best_R < candidates, best_R, candidates - 1 - best_R)
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _best_scale(  # pragma: no cover - compiled
+    target: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    top: np.float32,
+    exponent: np.float32,
+    mirrored: bool,
+    best: np.ndarray,
+) -> None:
+    rows, columns = target.shape
+    candidates = scale.shape[1]
+    upright = np.empty(candidates, dtype=np.float32)
+    mirror = np.empty(candidates, dtype=np.float32)
+    inverse = np.empty(candidates, dtype=np.float32)
+    half = np.float32(0.5) * exponent
+    squared = exponent == np.float32(2.0)
+    for r in range(rows):
+        low = -zero[r]
+        high = top - zero[r]
+        limit = top + np.float32(1.0)
+        for p in range(candidates):
+            upright[p] = np.float32(0.0)
+            mirror[p] = np.float32(0.0)
+            inverse[p] = np.float32(1.0) / scale[r, p]
+        for c in range(columns):
+            t = target[r, c]
+            # Along the candidates, so that the compiler can use vectors.
+            for p in range(candidates):
+                x = min(max(t * inverse[p], -limit), limit)
+                x = (x + _ROUND) - _ROUND
+                e = t - scale[r, p] * min(max(x, low), high)
+                e = e * e
+                if not squared:
+                    e = e**half
+                upright[p] += e
+                if mirrored:
+                    e = t - scale[r, p] * min(max(x, -high), -low)
+                    e = e * e
+                    if not squared:
+                        e = e**half
+                    mirror[p] += e
+        choice = 0
+        for p in range(1, candidates):
+            if upright[p] < upright[choice]:
+                choice = p
+        least = upright[choice]
+        if mirrored:
+            for p in range(candidates):
+                if mirror[p] < least:
+                    least = mirror[p]
+                    choice = -1 - p
+        best[r] = choice

@@ -1,0 +1,43 @@
+"""Attention mass that each key receives, summed over heads and queries.
+
+s_t = sum over heads and queries i >= t of softmax_i(q_i . k / sqrt(K))[t]. A few
+queries at a time: the T x T map never exists. All sums of a sequence add up to
+heads x tokens, whatever the keys.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_QUERIES = 128
+"""Queries per tile; fixed, since it decides the order of the sums."""
+
+
+def column_sums(
+    query_BHTK: Float[Tensor, "B H T K"],
+    key_BGTK: Float[Tensor, "B G T K"],
+    scaling: float,
+    window: int | None = None,
+) -> Float[Tensor, "B T"]:
+    """Sum causal softmax attention over queries and heads, per key, in fp32.
+
+    ``G`` KV heads serve H query heads (H a multiple of G). With ``window`` a
+    query sees only that many latest keys, itself included.
+    """
+    sequences, heads, tokens, width = query_BHTK.shape
+    kv_heads = key_BGTK.shape[1]
+    query = query_BHTK.reshape(sequences, kv_heads, heads // kv_heads, tokens, width)
+    key = key_BGTK[:, :, None].float()
+    sums_BT = query_BHTK.new_zeros((sequences, tokens), dtype=torch.float32)
+    position_T = torch.arange(tokens, device=query.device)
+    for start in range(0, tokens, _QUERIES):
+        end = min(start + _QUERIES, tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        score = query[:, :, :, start:end].float() @ key[..., first:end, :].mT
+        distance = position_T[start:end, None] - position_T[first:end]
+        hidden = distance < 0
+        if window is not None:
+            hidden |= distance >= window
+        score = (score * scaling).masked_fill(hidden, float("-inf"))
+        sums_BT[:, first:end] += score.softmax(dim=-1).sum(dim=(1, 2, 3))
+    return sums_BT

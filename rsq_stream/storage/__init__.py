@@ -1,0 +1,1 @@
+"""Disk only: shards, activations, journal and output; no maths."""

@@ -1,0 +1,138 @@
+"""The one place that writes files: beside, fsync, rename, fsync the folder.
+
+A name on disk either does not exist or holds what it should. The activation
+cache writes its chunks itself (through Zarr) and has them made durable here.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rsq_stream.errors import RsqError, ScratchError
+
+PARTIAL = ".partial"
+"""Suffix of files that are not what their name says yet."""
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a whole file so that its name never shows a part of it."""
+    with explained(path):
+        partial = path.with_name(path.name + PARTIAL)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(partial, path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a finished, fsynced file its name, durably."""
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class PartialFile:
+    """A file of known size, filled piece by piece, that gets its name when full."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._dirty = False
+        with explained(path):
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            self._descriptor = os.open(self._partial, flags, 0o644)
+            if os.fstat(self._descriptor).st_size != size:
+                os.ftruncate(self._descriptor, size)
+
+    def write(self, offset: int, content: memoryview) -> None:
+        """Put bytes at an offset."""
+        if offset < 0 or offset + len(content) > self.size:
+            raise ValueError(f"{self.path}: bytes beyond the file's size")
+        with explained(self.path):
+            while content:
+                done = os.pwrite(self._descriptor, content, offset)
+                offset, content = offset + done, content[done:]
+        self._dirty = True
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read back what was written."""
+        return os.pread(self._descriptor, length, offset)
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        if self._dirty:
+            with explained(self.path):
+                os.fsync(self._descriptor)
+                sync_folder(self.path.parent)
+            self._dirty = False
+
+    def commit(self) -> None:
+        """Sync, close, and give the file its name."""
+        self._dirty = True
+        self.sync()
+        self.close()
+        with explained(self.path):
+            rename(self._partial, self.path)
+
+    def close(self) -> None:
+        """Close without renaming."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if folder.exists():
+        with explained(folder):
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the system's error into one line that says what to do."""
+    try:
+        yield
+    except RsqError:
+        raise
+    except OSError as error:
+        raise ScratchError(explanation(path, error)) from error
+
+
+def explanation(path: Path, error: OSError) -> str:
+    """Say in one line what went wrong on disk and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_existing(path)).free
+        return (
+            f"{path}: the disk is full ({free} bytes free);"
+            " make room and run the same command again, it goes on where it stopped"
+        )
+    return f"{path}: {error.strerror or error}"
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,192 @@
+"""Where a checkpoint's files come from: a folder, or the Hugging Face hub.
+
+Hub files are fetched one by one when something needs them; shards' headers are
+read by range request, so that a plan costs kilobytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from rsq_stream.errors import CheckpointError
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What is carried over from the source as it is, where it is there."""
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LARGEST_HEADER_BYTES = 100_000_000
+"""The safetensors format's own limit."""
+
+
+class Files(Protocol):
+    """A checkpoint's files by name."""
+
+    where: str
+    """How errors name the place."""
+
+    def exists(self, name: str) -> bool:
+        """Whether the checkpoint has such a file."""
+        ...
+
+    def path(self, name: str) -> Path:
+        """Give a local path of the file, fetching it if need be."""
+        ...
+
+    def header(self, name: str) -> tuple[bytes, int]:
+        """Give a shard's header as JSON and how many bytes of data follow it."""
+        ...
+
+
+class FolderFiles:
+    """Files of a local folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._folder = folder
+
+    def exists(self, name: str) -> bool:
+        """Whether the folder has such a file."""
+        return (self._folder / name).is_file()
+
+    def path(self, name: str) -> Path:
+        """Give the file's path."""
+        path = self._folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{self.where}: {name} is missing")
+        return path
+
+    def header(self, name: str) -> tuple[bytes, int]:
+        """Read a shard's header."""
+        header, start, file_bytes = read_header(self.path(name), self.where)
+        return header, file_bytes - start
+
+
+class HubFiles:
+    """Files of a hub repository at one revision, fetched when they are needed."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self.where = repo if revision is None else f"{repo}@{revision}"
+        self._repo = repo
+        self._revision = revision
+
+    def exists(self, name: str) -> bool:
+        """Whether the repository has such a file; small files are fetched at once."""
+        if name.endswith(".safetensors"):
+            return True  # fetching tells; asking for each would cost a request
+        try:
+            self._fetch(name)
+        except EntryNotFoundError:
+            return False
+        return True
+
+    def path(self, name: str) -> Path:
+        """Fetch the file into the hub's cache, or find it there."""
+        try:
+            return self._fetch(name)
+        except EntryNotFoundError as error:
+            raise CheckpointError(f"{self.where}: {name} is missing") from error
+
+    def header(self, name: str) -> tuple[bytes, int]:
+        """Read a shard's header by range request."""
+        with _one_line(self.where):
+            found = HfApi().parse_safetensors_file_metadata(
+                self._repo, name, revision=self._revision
+            )
+        header = {
+            tensor: {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "data_offsets": list(info.data_offsets),
+            }
+            for tensor, info in found.tensors.items()
+        }
+        ends = [info.data_offsets[1] for info in found.tensors.values()]
+        return json.dumps(header).encode(), max(ends, default=0)
+
+    def _fetch(self, name: str) -> Path:
+        with _one_line(self.where):
+            return Path(hf_hub_download(self._repo, name, revision=self._revision))
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """Say in one line why the hub did not give what was asked for."""
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{where}: no such folder here, and the hub has no such model or revision"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{where}: no such folder here, the hub cannot be reached, and its cache"
+            " does not hold the file; connect, or give a local folder"
+        ) from error
+    except EntryNotFoundError:
+        raise
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{where}: the hub did not answer ({reason})") from error
+
+
+def open_files(model: str, revision: str | None = None) -> Files:
+    """Take MODEL as a folder, else as a hub id ``owner/name``.
+
+    Raises
+    ------
+    CheckpointError
+        It is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return FolderFiles(folder)
+    if _HUB_ID.fullmatch(model) and not model.startswith((".", "/", "~")):
+        return HubFiles(model, revision)
+    raise CheckpointError(
+        f"{model}: no such folder, and not a hub id of the form owner/name"
+    )
+
+
+def read_header(path: Path, where: str) -> tuple[bytes, int, int]:
+    """Read a shard's raw header; gives it, where data starts, and the file's size.
+
+    Raises
+    ------
+    CheckpointError
+        The header is longer than the file or than the format allows.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(file_bytes - 8, _LARGEST_HEADER_BYTES):
+            raise CheckpointError(
+                f"{where}/{path.name}: says its header has {length} bytes, but the file"
+                f" has {file_bytes}; it is no safetensors file or is damaged"
+            )
+        return file.read(length), 8 + length, file_bytes

@@ -1,0 +1,148 @@
+"""What is done, durably: one SQLite file in the work folder.
+
+A block is done when its row is committed, after the bytes it names are fsynced.
+Rollback journal and synchronous=FULL: WAL fails on network file systems.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rsq_stream.errors import ScratchError
+
+NAME = "journal.sqlite"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS blocks (
+    block INTEGER PRIMARY KEY, slot TEXT NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS chunks (
+    slot TEXT, unit INTEGER, crc32 INTEGER NOT NULL, PRIMARY KEY (slot, unit));
+CREATE TABLE IF NOT EXISTS linears (
+    block INTEGER, name TEXT PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS tensors (name TEXT PRIMARY KEY, crc32 INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS shards (
+    name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
+"""
+
+
+class Journal:
+    """The record of one run; every method commits before it returns."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        with self._explained():
+            if read_only:
+                address = f"file:{path}?mode=ro"
+                self._database = sqlite3.connect(address, uri=True, timeout=10)
+                return
+            self._database = sqlite3.connect(path, timeout=10)
+            self._database.execute("PRAGMA journal_mode = DELETE")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.executescript(_SCHEMA)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def get(self, key: str) -> str | None:
+        """Give a fact about the run, None where it is not written."""
+        rows = self._rows("SELECT value FROM run WHERE key = ?", key)
+        return str(rows[0][0]) if rows else None
+
+    def put(self, facts: Mapping[str, str]) -> None:
+        """Write facts about the run, all of them or none."""
+        with self._explained(), self._database:
+            self._database.executemany(
+                "INSERT OR REPLACE INTO run VALUES (?, ?)", facts.items()
+            )
+
+    def finish_block(
+        self,
+        block: int,
+        slot: str,
+        seconds: float,
+        chunks: Mapping[int, int],
+        linears: Mapping[str, Mapping[str, Any]],
+        tensors: Mapping[str, int],
+    ) -> None:
+        """Commit a block: ``slot`` now holds its outputs, chunk checksums beside it.
+
+        The caller has fsynced the chunks and the tensors before.
+        """
+        with self._explained(), self._database as database:
+            database.execute("DELETE FROM chunks WHERE slot = ?", (slot,))
+            database.executemany(
+                "INSERT INTO chunks VALUES (?, ?, ?)",
+                [(slot, unit, crc) for unit, crc in chunks.items()],
+            )
+            database.executemany(
+                "INSERT OR REPLACE INTO linears VALUES (?, ?, ?)",
+                [(block, name, json.dumps(made)) for name, made in linears.items()],
+            )
+            database.executemany(
+                "INSERT OR REPLACE INTO tensors VALUES (?, ?)", tensors.items()
+            )
+            database.execute(
+                "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (block, slot, seconds)
+            )
+
+    def finish_shard(self, name: str, size_bytes: int, sha256: str) -> None:
+        """Commit an output shard that has its final name."""
+        with self._explained(), self._database as database:
+            database.execute(
+                "INSERT OR REPLACE INTO shards VALUES (?, ?, ?)",
+                (name, size_bytes, sha256),
+            )
+
+    def last_block(self) -> tuple[int, str] | None:
+        """Give the last finished block and the slot with its outputs."""
+        rows = self._rows("SELECT block, slot FROM blocks ORDER BY block DESC LIMIT 1")
+        return (int(rows[0][0]), str(rows[0][1])) if rows else None
+
+    def block_seconds(self) -> list[float]:
+        """Give how long each finished block took, in order."""
+        return [row[0] for row in self._rows("SELECT seconds FROM blocks ORDER BY block")]
+
+    def chunks(self, slot: str) -> dict[int, int]:
+        """Give the checksums of a slot's chunks."""
+        return dict(self._rows("SELECT unit, crc32 FROM chunks WHERE slot = ?", slot))
+
+    def linears(self) -> dict[str, dict[str, Any]]:
+        """Give the records of all solved linears, in the order of the blocks."""
+        rows = self._rows("SELECT name, record FROM linears ORDER BY block, rowid")
+        return {name: json.loads(record) for name, record in rows}
+
+    def tensors(self) -> dict[str, int]:
+        """Give the checksums of all tensors that are written."""
+        return dict(self._rows("SELECT name, crc32 FROM tensors"))
+
+    def shards(self) -> dict[str, tuple[int, str]]:
+        """Give size and sha256 of every shard that has its final name."""
+        rows = self._rows("SELECT name, bytes, sha256 FROM shards ORDER BY name")
+        return {name: (size, sha256) for name, size, sha256 in rows}
+
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        with self._explained():
+            return self._database.execute(query, values).fetchall()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise ScratchError(
+                f"{self.path}: the journal cannot be used ({error});"
+                " --restart starts over"
+            ) from error
+
+

@@ -1,0 +1,50 @@
+"""What every test may use, and what the report says about the machine."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTED = ("torch", "numpy", "numba", "transformers", "zarr")
+
+
+def pytest_report_header() -> list[str]:
+    versions = ", ".join(f"{name} {_version(name)}" for name in REPORTED)
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return [f"versions: {versions}", f"CPU: {isa}, {threads} threads; CUDA: {_cuda()}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(
+        reason=f"needs a CUDA device, and torch {torch.__version__} sees none"
+    )
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Public models and texts that lie beside some checkouts, never inside."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared beside the checkout, which is absent")
+    return folder
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), {torch.version.cuda}"
