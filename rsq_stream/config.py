@@ -165,6 +165,31 @@ class QuantizationPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionPlan:
+    """How a plan runs within the budgets of this machine; decides no byte."""
+
+    in_flight: int
+    """Units between two barriers of a pass."""
+    resident_units: int
+    """Units of each slot that stay in host memory; the others go to disk."""
+    slots: int
+    """Activation slots alive at once."""
+    slot_bytes: int
+    working_bytes: int
+    """Host memory beside the resident units: block, Hessian, units in flight."""
+    scratch_bytes: int
+    """High-water mark of the work folder."""
+    written_bytes: int
+    """Everything written to disk over the run, output included."""
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    """Bits of the whole output per weight of the model."""
+    fallbacks: tuple[str, ...]
+    """Linears whose inputs the group size does not divide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
     """What may change on resume: place and speed."""
 

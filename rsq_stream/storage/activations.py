@@ -10,6 +10,7 @@ checksum is kept, and checked when the chunk is read.
 """
 
 import os
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -96,6 +97,7 @@ class Slot:
         self._memory: dict[int, Tensor] = {}
         self._array: zarr.Array | None = None
         self._writes: deque[Future[None]] = deque()
+        self._writing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "rsq-read")
         self._writer = ThreadPoolExecutor(1, "rsq-write")
 
@@ -110,9 +112,10 @@ class Slot:
         if unit < self._resident:
             self._memory[unit] = x_BTD
         if durable or unit >= self._resident:
-            while len(self._writes) >= self._depth:
-                self._writes.popleft().result()
-            self._writes.append(self._writer.submit(self._store, unit, x_BTD))
+            with self._writing:
+                while len(self._writes) >= self._depth:
+                    self._writes.popleft().result()
+                self._writes.append(self._writer.submit(self._store, unit, x_BTD))
 
     def read(self, units: Iterable[int]) -> Iterator[Tensor]:
         """Give units in order, reading ahead of whoever takes them."""

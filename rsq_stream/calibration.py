@@ -1,0 +1,221 @@
+"""Text -> token windows -> expanded windows.
+
+Windows are random runs of ``sequence_length`` tokens of the joined text, chosen
+by the seed. Expansion (RSQ, section 4.4) adds copies rolled by m floor(L / M)
+tokens; they exist only as indices until they are embedded.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rsq_stream.errors import CalibrationError, CheckpointError
+
+_JOIN = "\n\n"
+_LARGEST_TEXT_CHARACTERS = 50_000_000
+"""Of a large data set, as many characters (in random order of the documents) are
+read: 12 million tokens and more."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A public data set: one file of it, at a pinned revision."""
+
+    repo: str
+    file: str
+    revision: str
+    shuffled: bool
+    """Documents are taken in random order, not as one text."""
+
+
+DATA_SETS = {
+    "wikitext2": DataSet(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        shuffled=False,
+    ),
+    "c4": DataSet(
+        "allenai/c4",
+        "en/c4-train.00000-of-01024.json.gz",
+        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        shuffled=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows and their rolled copies."""
+
+    window_BT: Int[Tensor, "B T"]
+    expand: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences, rolled copies included."""
+        return self.window_BT.shape[0] * self.expand
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens and of the expansion."""
+        digest = hashlib.sha256(f"{list(self.window_BT.shape)} {self.expand}".encode())
+        digest.update(self.window_BT.to(torch.int32).numpy().tobytes())
+        return digest.hexdigest()
+
+    def tokens(self, first: int, count: int) -> Int[Tensor, "B T"]:
+        """Give sequences ``first`` to ``first + count - 1``.
+
+        Sequence n M + m is window n, rolled right by m floor(T / M) tokens.
+        """
+        step = self.window_BT.shape[1] // self.expand
+        rows = [
+            self.window_BT[index // self.expand].roll(index % self.expand * step)
+            for index in range(first, min(first + count, self.sequences))
+        ]
+        return torch.stack(rows)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the model's own tokenizer; remote code is never run.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds no tokenizer that transformers knows.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer ({reason}); calibration text needs one"
+        ) from error
+    return tokenizer
+
+
+def read_text(calibration: str, seed: int) -> str:
+    """Give the text of a named data set or of a .txt, .jsonl or .parquet file.
+
+    Raises
+    ------
+    CalibrationError
+        No such name or file, or a file that is not what its ending says.
+    """
+    if calibration in DATA_SETS:
+        data_set = DATA_SETS[calibration]
+        documents = _documents(_fetched(calibration, data_set))
+        return _shuffled(documents, seed) if data_set.shuffled else _JOIN.join(documents)
+    path = Path(calibration)
+    if not path.is_file():
+        names = ", ".join(DATA_SETS)
+        raise CalibrationError(
+            f"--calibration {calibration}: no such file, and not one of {names}"
+        )
+    return _JOIN.join(_documents(path))
+
+
+def choose_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    where: str,
+) -> Int[Tensor, "B T"]:
+    """Tokenize the text once and take random windows of it, by the seed.
+
+    Raises
+    ------
+    CalibrationError
+        The text is shorter than one window.
+    """
+    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    token_T = torch.tensor(ids, dtype=torch.int64)
+    spare = len(token_T) - sequence_length
+    if spare < 0:
+        raise CalibrationError(
+            f"{where}: {len(token_T)} tokens, but one window needs {sequence_length};"
+            " give more text or a smaller --sequence-length"
+        )
+    chooser = random.Random(seed)
+    starts = [chooser.randint(0, spare) for _ in range(samples)]
+    return torch.stack([token_T[start : start + sequence_length] for start in starts])
+
+
+def _fetched(name: str, data_set: DataSet) -> Path:
+    try:
+        return Path(
+            hf_hub_download(
+                data_set.repo,
+                data_set.file,
+                revision=data_set.revision,
+                repo_type="dataset",
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CalibrationError(
+            f"--calibration {name}: the hub cannot be reached and the data set is not"
+            " in its cache; give a text with --calibration FILE"
+        ) from error
+
+
+def _documents(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".parquet":
+            column = parquet.read_table(path, columns=["text"]).column("text")
+            yield from (str(value) for value in column.to_pylist())
+        elif path.suffix in (".jsonl", ".json", ".gz"):
+            yield from _json_lines(path)
+        elif path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+        else:
+            raise CalibrationError(
+                f"--calibration {path}: must end in .txt, .jsonl or .parquet"
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"--calibration {path}: cannot be read as {path.suffix} with a 'text' in"
+            f" each row ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    import gzip
+
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError("'text' is not a string")
+                yield text
+
+
+def _shuffled(documents: Iterator[str], seed: int) -> str:
+    """Join documents in random order until there is enough text."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    taken, length = [], 0
+    for document in order:
+        taken.append(document)
+        length += len(document)
+        if length > _LARGEST_TEXT_CHARACTERS:
+            break
+    return _JOIN.join(taken)

@@ -1,0 +1,79 @@
+"""The README.md of an output folder: what it is and how to load it."""
+
+import statistics
+
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.events import LinearRecord
+from rsq_stream.model.architecture import Architecture
+
+_METHODS = {
+    "rsq": "RSQ (rotate, weigh tokens by the attention they receive, GPTQ)",
+    "quarot": "GPTQ on rotated weights (QuaRot, weights only)",
+    "gptq": "GPTQ",
+    "rtn": "rounding to nearest",
+}
+
+
+def model_card(
+    plan: QuantizationPlan,
+    architecture: Architecture,
+    records: list[LinearRecord],
+    bits_per_weight: float,
+) -> str:
+    """Write the card; nothing in it depends on when or where the run happened."""
+    group = "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
+    fallbacks = sorted(
+        {
+            made.name.split(".", 3)[-1]
+            for made in records
+            if made.group_size != plan.group_size
+        }
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [quantized, compressed-tensors, rsq-stream]",
+        "---",
+        f"# {architecture.family.causal_class}, {plan.bits}-bit",
+        "",
+        "Quantized by rsq-stream.",
+        "",
+        f"- Method: {_METHODS[plan.method]}",
+        f"- Codes: {plan.bits} bits,"
+        f" {'symmetric' if plan.symmetric else 'asymmetric'}, {group};"
+        f" {bits_per_weight:.2f} bits per weight over the whole model",
+    ]
+    if fallbacks:
+        lines.append(f"- One scale a row instead: {', '.join(fallbacks)}")
+    if plan.residual_rotation != "none":
+        lines.append(
+            f"- Rotation: {plan.residual_rotation} on the residual stream,"
+            f" {plan.value_rotation} in each value head, folded into the weights;"
+            " nothing is left to do at inference"
+        )
+    if plan.needs_calibration:
+        lines.append(
+            f"- Calibration: {plan.samples} windows of {plan.sequence_length} tokens"
+            f" ({plan.calibration}), {plan.expand} rolled copies each; token importance:"
+            f" {plan.importance}"
+        )
+    errors = [made.relative_error for made in records]
+    if errors:
+        lines.append(
+            f"- Relative output error of the linears: median"
+            f" {statistics.median(errors):.4f}, worst {max(errors):.4f}"
+        )
+    lines += [
+        "",
+        "Load it with transformers and compressed-tensors (0.18 or newer):",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        "```",
+        "",
+        "The same folder opens in vLLM. Plan, per-linear errors and checksums are in"
+        " `rsq_stream.json`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""The output: a Hugging Face folder that opens without this tool.
+
+Shards come first, each under its name once it is whole; the small files follow
+when all shards are there, ``rsq_stream.sha256`` last: a folder that has it is
+complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.errors import OutputError
+from rsq_stream.events import LinearRecord
+from rsq_stream.model.architecture import HEAD, Architecture, EMBEDDING
+from rsq_stream.model_card import model_card
+from rsq_stream.packed_format import (
+    output_is_tied,
+    output_tensors,
+    quantization_config,
+)
+from rsq_stream.storage import atomic
+from rsq_stream.storage.files import SIDE_FILES
+from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.shards import INDEX, Checkpoint
+from rsq_stream.storage.writer import ShardLayout, ShardWriter, index_of, lay_out
+
+MANIFEST = "rsq_stream.json"
+SEAL = "rsq_stream.sha256"
+CONFIG = "config.json"
+CARD = "README.md"
+
+
+def plan_layouts(
+    checkpoint: Checkpoint, architecture: Architecture, plan: QuantizationPlan
+) -> list[ShardLayout]:
+    """Lay out the output's shards from headers and plan alone."""
+
+    def dtype_of(name: str) -> torch.dtype:
+        known = EMBEDDING if name == HEAD and architecture.tied else name
+        return checkpoint.entry(known).dtype
+
+    tensors = output_tensors(architecture, plan, dtype_of)
+    return lay_out(tensors, plan.shard_bytes)
+
+
+class OutputFolder:
+    """The output folder of one run."""
+
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        plan: QuantizationPlan,
+        journal: Journal,
+    ) -> None:
+        self._path = path
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._plan = plan
+        self._journal = journal
+        self._layouts = plan_layouts(checkpoint, architecture, plan)
+        with atomic.explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+        done = journal.tensors()
+        self._journalled = set(done)
+        self._writer = ShardWriter(path, self._layouts, done)
+        self._adopt_named_shards()
+
+    def _adopt_named_shards(self) -> None:
+        """After a kill between a shard's rename and its journal row: add the row."""
+        named = self._journal.shards()
+        for layout in self._layouts:
+            path = self._path / layout.name
+            full = layout.places.keys() <= self._journalled
+            if layout.name in named or not full or not path.is_file():
+                continue
+            self._journal.finish_shard(layout.name, layout.size_bytes, _sha256(path))
+        self._writer.reopen(set(self._journal.shards()))
+
+    @staticmethod
+    def require_usable(path: Path, work_dir: Path) -> None:
+        """Refuse an output folder that holds anything but an unfinished run's parts.
+
+        Raises
+        ------
+        OutputError
+            The folder is a file, or holds files that no unfinished run put there.
+        """
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path}: is a file; give a folder with --output")
+        if (work_dir / "journal.sqlite").exists() or not path.exists():
+            return
+        found = sorted(entry.name for entry in path.iterdir())
+        if found:
+            raise OutputError(
+                f"{path}: the output folder must be new or empty, it holds {found[0]}"
+                f" and {len(found) - 1} more; remove them or give another --output"
+            )
+
+    @staticmethod
+    def discard_unfinished(path: Path) -> None:
+        """For ``--restart``: remove what an unfinished run left in the output.
+
+        A finished output (it has its seal) and foreign files are left alone, so
+        that ``require_usable`` can refuse them.
+        """
+        if not path.is_dir() or (path / SEAL).exists():
+            return
+        own = ("model-*.safetensors", "model-*.safetensors" + atomic.PARTIAL)
+        for pattern in own:
+            for part in path.glob(pattern):
+                part.unlink()
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors where they belong in the shards."""
+        for name, tensor in tensors.items():
+            self._writer.write(name, tensor)
+
+    def sync(self) -> None:
+        """Make all tensors written so far durable."""
+        self._writer.sync()
+
+    def new_checksums(self) -> dict[str, int]:
+        """Give the checksums of tensors written since the last call."""
+        fresh = {
+            name: crc
+            for name, crc in self._writer.checksums.items()
+            if name not in self._journalled
+        }
+        self._journalled |= fresh.keys()
+        return fresh
+
+    def name_full_shards(self) -> list[tuple[str, int]]:
+        """Check and rename the shards that are whole; gives their names and sizes."""
+        named = []
+        for layout in self._writer.full_shards():
+            sha256 = self._writer.finish(layout)
+            self._journal.finish_shard(layout.name, layout.size_bytes, sha256)
+            named.append((layout.name, layout.size_bytes))
+        return named
+
+    def write_small_files(self, records: list[LinearRecord]) -> int:
+        """Write everything that is no shard, the seal last; gives all bytes."""
+        config = self._config()
+        contents: dict[str, bytes] = {
+            CONFIG: _json(config),
+            INDEX: _json(index_of(self._layouts)),
+            CARD: model_card(
+                self._plan, self._architecture, records, self._bits_per_weight()
+            ).encode(),
+        }
+        for name in SIDE_FILES:
+            if self._checkpoint.files.exists(name):
+                contents[name] = self._checkpoint.files.path(name).read_bytes()
+        for name, content in contents.items():
+            atomic.write_file(self._path / name, content)
+        files = {
+            name: {"bytes": size, "sha256": sha256}
+            for name, (size, sha256) in self._journal.shards().items()
+        }
+        for name, content in contents.items():
+            sha256 = hashlib.sha256(content).hexdigest()
+            files[name] = {"bytes": len(content), "sha256": sha256}
+        manifest = _json(
+            {
+                "plan": dataclasses.asdict(self._plan),
+                "plan_sha256": self._plan.sha256,
+                "versions": _versions(),
+                "bits_per_weight": self._bits_per_weight(),
+                "linears": [dataclasses.asdict(made) for made in records],
+                "files": dict(sorted(files.items())),
+            }
+        )
+        atomic.write_file(self._path / MANIFEST, manifest)
+        seal = f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
+        atomic.write_file(self._path / SEAL, seal.encode())
+        return sum(entry["bytes"] for entry in files.values()) + len(manifest)
+
+    def _config(self) -> dict[str, Any]:
+        config = dict(self._checkpoint.config)
+        config["tie_word_embeddings"] = output_is_tied(self._architecture, self._plan)
+        config["quantization_config"] = quantization_config(
+            self._architecture, self._plan
+        )
+        return config
+
+    def _bits_per_weight(self) -> float:
+        return bits_per_weight(self._architecture, self._layouts)
+
+    def close(self) -> None:
+        """Close shards that are not whole yet; they stay partial."""
+        self._writer.close()
+
+
+def bits_per_weight(architecture: Architecture, layouts: list[ShardLayout]) -> float:
+    """Give the bits of the whole output per weight of the source model."""
+    weights = sum(
+        _count(shape) for shape in architecture.outer_shapes().values()
+    ) + architecture.blocks * sum(
+        _count(shape) for shape in architecture.block_shapes().values()
+    )
+    stored = sum(
+        tensor.size_bytes for layout in layouts for _, tensor in layout.places.values()
+    )
+    return 8 * stored / weights
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: version(name)
+        for name in ("rsq-stream", "torch", "numba", "numpy", "transformers")
+    }

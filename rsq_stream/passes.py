@@ -1,0 +1,93 @@
+"""One pass over the units of the calibration set: many in flight, results in order.
+
+What is computed per unit does not depend on how many are in flight, and results
+are taken in the units' order: so neither budget nor workers change a bit.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rsq_stream.errors import Interrupted, NumericalError
+from rsq_stream.events import Listener, StageStarted, UnitsDone
+from rsq_stream.ops.pool import Pool
+from rsq_stream.storage.activations import Slot
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How passes are run: threads, units in flight, who listens, who may stop."""
+
+    pool: Pool
+    in_flight: int
+    listener: Listener
+    stop: threading.Event
+
+    def over(
+        self,
+        slot: Slot,
+        block: int,
+        stage: str,
+        function: Callable[[int, Tensor], Result],
+    ) -> Iterator[list[tuple[int, Result]]]:
+        """Apply a function to (unit, activations) of a slot; gives runs of results.
+
+        Raises
+        ------
+        Interrupted
+            The stop event was set; nothing that was finished is lost.
+        """
+        units = slot.shape.units
+        self.listener(StageStarted(block=block, stage=stage, units=units))
+        reads = slot.read(range(units))
+        for first in range(0, units, self.in_flight):
+            self.check()
+            run = range(first, min(first + self.in_flight, units))
+            items = [(unit, next(reads)) for unit in run]
+            results = self.pool.map(lambda item: function(*item), items)
+            tokens = sum(x_BTD.shape[0] * x_BTD.shape[1] for _, x_BTD in items)
+            yield list(zip(run, results, strict=True))
+            self.listener(
+                UnitsDone(block=block, stage=stage, units=len(run), tokens=tokens)
+            )
+
+    def check(self) -> None:
+        """Stop here if somebody asked for it."""
+        if self.stop.is_set():
+            raise Interrupted("stopped")
+
+
+def require_finite(
+    x_BTI: Tensor, block: int, stage: str, first_sequence: int
+) -> Tensor:
+    """Give the tensor back, or name the first place that is NaN or infinite.
+
+    Raises
+    ------
+    NumericalError
+        With block, stage, sequence and token.
+    """
+    # A sum is one pass without a mask; only a bad one pays for the search.
+    if not bool(torch.isfinite(x_BTI.float().sum())):
+        bad = (~torch.isfinite(x_BTI)).nonzero()
+        if len(bad):
+            sequence, token = bad[0, :2].tolist()
+            raise NumericalError(
+                f"block {block}, {stage}, sequence {first_sequence + sequence}, token"
+                f" {token}: the activations hold NaN or infinity; the source weights"
+                " or their type cannot be right there"
+            )
+    return x_BTI
+
+
+def flat(x_BTI: Tensor) -> Tensor:
+    """Lay the sequences of a unit end to end: ``[B T, I]``."""
+    return x_BTI.reshape(-1, x_BTI.shape[-1])
+
+

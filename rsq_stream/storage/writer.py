@@ -1,0 +1,187 @@
+"""The quantized shards: final names and sizes from the first write on.
+
+All shapes are known before the run, so every shard's header and the place of
+every tensor are too. Tensors are written where they belong, once; a shard gets
+its name when it is full, read back and checked.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsq_stream.errors import OutputError
+from rsq_stream.storage.atomic import PartialFile
+from rsq_stream.storage.shards import TYPE_NAMES
+
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the output, known before it exists."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One output shard: its name, its header, where each tensor goes."""
+
+    name: str
+    header: bytes
+    places: Mapping[str, tuple[int, OutputTensor]]
+    """Offset from the file's start, and the tensor."""
+    size_bytes: int
+
+
+def lay_out(tensors: list[OutputTensor], shard_bytes: int) -> list[ShardLayout]:
+    """Put tensors into shards of at most ``shard_bytes``, in their order."""
+    runs: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if runs[-1] and filled + tensor.size_bytes > shard_bytes:
+            runs.append([])
+            filled = 0
+        runs[-1].append(tensor)
+        filled += tensor.size_bytes
+    return [
+        _lay_out_one(f"model-{number:05}-of-{len(runs):05}.safetensors", run)
+        for number, run in enumerate(runs, start=1)
+    ]
+
+
+def _lay_out_one(name: str, tensors: list[OutputTensor]) -> ShardLayout:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.size_bytes
+        entries[tensor.name] = {
+            "dtype": TYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    places, start = {}, len(header)
+    for tensor in tensors:
+        places[tensor.name] = (start, tensor)
+        start += tensor.size_bytes
+    return ShardLayout(name, header, places, start)
+
+
+def index_of(layouts: list[ShardLayout]) -> dict[str, object]:
+    """Give the content of ``model.safetensors.index.json``."""
+    weight_map = {name: layout.name for layout in layouts for name in layout.places}
+    total = sum(layout.size_bytes - len(layout.header) for layout in layouts)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+class ShardWriter:
+    """Writes tensors to their shards; a shard is renamed when it is whole."""
+
+    def __init__(
+        self, folder: Path, layouts: list[ShardLayout], checksums: Mapping[str, int]
+    ) -> None:
+        """Go on in ``folder`` where ``checksums`` says which tensors are there."""
+        self._folder = folder
+        self._layouts = {layout.name: layout for layout in layouts}
+        self._shard_of = {name: layout for layout in layouts for name in layout.places}
+        self._files: dict[str, PartialFile] = {}
+        self.checksums = dict(checksums)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor where it belongs; type and shape must be as announced."""
+        layout = self._shard_of[name]
+        offset, announced = layout.places[name]
+        if tensor.dtype != announced.dtype or tuple(tensor.shape) != announced.shape:
+            raise OutputError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} was to be written where"
+                f" {announced.dtype} {list(announced.shape)} belongs"
+            )
+        dense = tensor.detach().to("cpu").contiguous()
+        raw = memoryview(dense.view(-1).view(torch.uint8).numpy())
+        self._open(layout).write(offset, raw)
+        self.checksums[name] = zlib.crc32(raw)
+
+    def sync(self) -> None:
+        """Make all tensors written so far durable."""
+        for file in self._files.values():
+            file.sync()
+
+    def full_shards(self) -> list[ShardLayout]:
+        """Give open shards that hold all their tensors, in order."""
+        return [
+            layout
+            for layout in self._layouts.values()
+            if layout.name in self._files and layout.places.keys() <= self.checksums.keys()
+        ]
+
+    def reopen(self, finished: set[str]) -> None:
+        """After a resume: open shards that are full but were never renamed."""
+        for layout in self._layouts.values():
+            full = layout.places.keys() <= self.checksums.keys()
+            if full and layout.name not in finished:
+                self._open(layout)
+
+    def finish(self, layout: ShardLayout) -> str:
+        """Check a full shard against its checksums, name it; gives its sha256.
+
+        Raises
+        ------
+        OutputError
+            What is on disk is not what was written.
+        """
+        file = self._files.pop(layout.name)
+        digest = hashlib.sha256(layout.header)
+        if file.read(0, len(layout.header)) != layout.header:
+            raise OutputError(self._damaged(layout, "its header"))
+        for name, (offset, tensor) in layout.places.items():
+            crc, done = 0, 0
+            while done < tensor.size_bytes:
+                want = min(_READ_BYTES, tensor.size_bytes - done)
+                part = file.read(offset + done, want)
+                if not part:
+                    break
+                digest.update(part)
+                crc = zlib.crc32(part, crc)
+                done += len(part)
+            if crc != self.checksums[name]:
+                raise OutputError(self._damaged(layout, name))
+        file.commit()
+        return digest.hexdigest()
+
+    def _damaged(self, layout: ShardLayout, what: str) -> str:
+        path = self._folder / layout.name
+        return (
+            f"{path}.partial: {what} is not what was written; the disk or somebody"
+            " changed it, --restart starts over"
+        )
+
+    def _open(self, layout: ShardLayout) -> PartialFile:
+        if layout.name not in self._files:
+            file = PartialFile(self._folder / layout.name, layout.size_bytes)
+            file.write(0, memoryview(layout.header))
+            self._files[layout.name] = file
+        return self._files[layout.name]
+
+    def close(self) -> None:
+        """Close the shards that are not full yet; they stay partial."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
