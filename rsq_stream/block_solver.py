@@ -100,9 +100,7 @@ class BlockSolver:
         self.passes.check()
         pool = self.passes.pool
         try:
-            factor = factorise(
-                hessian, self.plan.damping, self.plan.tile_columns, pool
-            )
+            factor = factorise(hessian, self.plan.damping, self.plan.tile_columns, pool)
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
             raise NumericalError(f"{where}: {error}") from error
@@ -131,7 +129,7 @@ class BlockSolver:
             )
 
     def _attention_in(self, unit: int, x_BTD: Tensor) -> Tensor:
-        """a, and the importance of the unit's tokens, once per block."""
+        """Give a, and keep the importance of the unit's tokens, once per block."""
         a_BTD = self.block.attention_input(self._computed(x_BTD))
         self._importance[unit] = self._token_weights(a_BTD).reshape(-1)
         return a_BTD
@@ -140,9 +138,7 @@ class BlockSolver:
         sequences, tokens = a_BTD.shape[:2]
         plan = self.plan
         if plan.importance == "attncon":
-            score_BT = importance.attention_concentration(
-                self.block.column_sums(a_BTD)
-            )
+            score_BT = importance.attention_concentration(self.block.column_sums(a_BTD))
             spread_BT = importance.affine(
                 score_BT, plan.importance_min, plan.importance_max
             )
@@ -156,7 +152,7 @@ class BlockSolver:
         return importance.rounded(weight_BT)
 
     def _attention_out(self, unit: int, x_BTD: Tensor) -> Tensor:
-        """c, by the quantized q, k, v."""
+        """Give c, by the quantized q, k, v."""
         a_BTD = self.block.attention_input(self._computed(x_BTD))
         c_BTI = self._stored(self.block.attention_output(a_BTD))
         if unit < self.slots.resident:
@@ -164,7 +160,7 @@ class BlockSolver:
         return self._computed(c_BTI)
 
     def _mlp_in(self, unit: int, x_BTD: Tensor) -> Tensor:
-        """m, by the quantized o; h is kept for the passes that follow."""
+        """Give m, by the quantized o; h is kept for the passes that follow."""
         x_BTD = self._computed(x_BTD)
         if unit in self._attention:
             c_BTI = self._computed(self._attention.pop(unit).to(x_BTD.device))
@@ -176,12 +172,12 @@ class BlockSolver:
         return self.block.mlp_input(self._computed(h_BTD))
 
     def _mlp_out(self, unit: int, h_BTD: Tensor) -> Tensor:
-        """u, by the quantized gate and up."""
+        """Give u, by the quantized gate and up."""
         del unit
         return self.block.mlp_output(self.block.mlp_input(self._computed(h_BTD)))
 
     def _advance(self) -> None:
-        """x' of the quantized block, durable: the next block's input."""
+        """Write x' of the quantized block, durably: the next block's input."""
         device = self.block.weight("mlp.down_proj").device
         slots = self.slots
         slots.h.flush(durable=False)

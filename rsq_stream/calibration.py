@@ -118,7 +118,9 @@ def read_text(calibration: str, seed: int) -> str:
     if calibration in DATA_SETS:
         data_set = DATA_SETS[calibration]
         documents = _documents(_fetched(calibration, data_set))
-        return _shuffled(documents, seed) if data_set.shuffled else _JOIN.join(documents)
+        return (
+            _shuffled(documents, seed) if data_set.shuffled else _JOIN.join(documents)
+        )
     path = Path(calibration)
     if not path.is_file():
         names = ", ".join(DATA_SETS)

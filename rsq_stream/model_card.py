@@ -21,7 +21,10 @@ def model_card(
     bits_per_weight: float,
 ) -> str:
     """Write the card; nothing in it depends on when or where the run happened."""
-    group = "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
+    group = (
+        "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
+    )
+    grid = "symmetric" if plan.symmetric else "asymmetric"
     fallbacks = sorted(
         {
             made.name.split(".", 3)[-1]
@@ -39,9 +42,8 @@ def model_card(
         "Quantized by rsq-stream.",
         "",
         f"- Method: {_METHODS[plan.method]}",
-        f"- Codes: {plan.bits} bits,"
-        f" {'symmetric' if plan.symmetric else 'asymmetric'}, {group};"
-        f" {bits_per_weight:.2f} bits per weight over the whole model",
+        f"- Codes: {plan.bits} bits, {grid}, {group}",
+        f"- Size: {bits_per_weight:.2f} bits per weight over the whole model",
     ]
     if fallbacks:
         lines.append(f"- One scale a row instead: {', '.join(fallbacks)}")
@@ -54,8 +56,8 @@ def model_card(
     if plan.needs_calibration:
         lines.append(
             f"- Calibration: {plan.samples} windows of {plan.sequence_length} tokens"
-            f" ({plan.calibration}), {plan.expand} rolled copies each; token importance:"
-            f" {plan.importance}"
+            f" ({plan.calibration}), {plan.expand} rolled copies each; token"
+            f" importance: {plan.importance}"
         )
     errors = [made.relative_error for made in records]
     if errors:
@@ -72,8 +74,7 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
         "```",
         "",
-        "The same folder opens in vLLM. Plan, per-linear errors and checksums are in"
-        " `rsq_stream.json`.",
+        "Plan, per-linear errors and checksums are in `rsq_stream.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from torch import Tensor
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import OutputError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import HEAD, Architecture, EMBEDDING
+from rsq_stream.model.architecture import EMBEDDING, HEAD, Architecture
 from rsq_stream.model_card import model_card
 from rsq_stream.packed_format import (
     output_is_tied,
@@ -163,7 +163,7 @@ class OutputFolder:
                 contents[name] = self._checkpoint.files.path(name).read_bytes()
         for name, content in contents.items():
             atomic.write_file(self._path / name, content)
-        files = {
+        files: dict[str, dict[str, Any]] = {
             name: {"bytes": size, "sha256": sha256}
             for name, (size, sha256) in self._journal.shards().items()
         }
@@ -183,7 +183,7 @@ class OutputFolder:
         atomic.write_file(self._path / MANIFEST, manifest)
         seal = f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
         atomic.write_file(self._path / SEAL, seal.encode())
-        return sum(entry["bytes"] for entry in files.values()) + len(manifest)
+        return sum(int(entry["bytes"]) for entry in files.values()) + len(manifest)
 
     def _config(self) -> dict[str, Any]:
         config = dict(self._checkpoint.config)

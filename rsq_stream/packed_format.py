@@ -112,7 +112,9 @@ def output_tensors(
 
     ``dtype_of`` gives the source type of a tensor by its name.
     """
-    tensors = [OutputTensor(EMBEDDING, dtype_of(EMBEDDING), _outer(architecture, EMBEDDING))]
+    tensors = [
+        OutputTensor(EMBEDDING, dtype_of(EMBEDDING), _outer(architecture, EMBEDDING))
+    ]
     for block in range(architecture.blocks):
         prefix = block_prefix(block)
         for name, shape in architecture.block_shapes().items():
@@ -126,7 +128,9 @@ def output_tensors(
                 )
             else:
                 tensors.append(OutputTensor(prefix + name, dtype, shape))
-    tensors.append(OutputTensor(FINAL_NORM, dtype_of(FINAL_NORM), (architecture.width,)))
+    tensors.append(
+        OutputTensor(FINAL_NORM, dtype_of(FINAL_NORM), (architecture.width,))
+    )
     if not output_is_tied(architecture, plan):
         source = EMBEDDING if architecture.tied else HEAD
         shape = _outer(architecture, EMBEDDING)
@@ -201,9 +205,8 @@ def schemes_of(config: Mapping[str, Any], where: str) -> dict[str, Scheme] | Non
         return None
     found: dict[str, Scheme] = {}
     try:
-        if quantization["format"] != FORMAT:
-            raise KeyError(quantization["format"])
-        for group in quantization["config_groups"].values():
+        ours = quantization["format"] == FORMAT
+        for group in quantization["config_groups"].values() if ours else ():
             weights = group["weights"]
             scheme = Scheme(
                 int(weights["num_bits"]),
@@ -213,16 +216,14 @@ def schemes_of(config: Mapping[str, Any], where: str) -> dict[str, Scheme] | Non
             for linear in LINEARS:
                 if any(_targets(target, linear) for target in group["targets"]):
                     found[linear] = scheme
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{where}: its quantization_config is not {FORMAT} of whole linears as"
-            " this tool writes it"
-        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = {}
     if set(found) != set(LINEARS) or any(
         not 2 <= scheme.bits <= 8 for scheme in found.values()
     ):
         raise UnsupportedModelError(
-            f"{where}: its quantization_config leaves out some linears of a block"
+            f"{where}: its quantization_config is not {FORMAT} of all linears of a"
+            " block, as this tool writes it"
         )
     return found
 

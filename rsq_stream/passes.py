@@ -89,5 +89,3 @@ def require_finite(
 def flat(x_BTI: Tensor) -> Tensor:
     """Lay the sequences of a unit end to end: ``[B T, I]``."""
     return x_BTI.reshape(-1, x_BTI.shape[-1])
-
-

@@ -1,6 +1,6 @@
 """Read shard -> rotate -> (per stage: importance -> Hessian -> solve) -> pack ->
 write -> journal -> next block.
-"""  # noqa: D205, D400  the sentence that the package is built around
+"""  # noqa: D205  the sentence that the package is built around
 
 import dataclasses
 import threading
@@ -252,7 +252,10 @@ class _Run:
 
     def _solve(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
         prefix = block_prefix(index)
-        types = {name: self._checkpoint.entry(f"{prefix}{name}.weight").dtype for name in LINEARS}
+        types = {
+            name: self._checkpoint.entry(f"{prefix}{name}.weight").dtype
+            for name in LINEARS
+        }
         grids = {name: make_grid(self._plan, dtype) for name, dtype in types.items()}
 
         def keep(linear: str, solution: Solution) -> None:

@@ -21,7 +21,6 @@ from rsq_stream.config import (
 )
 from rsq_stream.errors import BudgetError, CheckpointError, UnsupportedModelError
 from rsq_stream.model.architecture import (
-    EMBEDDING,
     HEAD,
     LINEARS,
     Architecture,
@@ -281,5 +280,3 @@ def _unit_working_bytes(
     widths = 4 * architecture.width + 3 * architecture.mlp_width
     # Beside the pass itself: one unit read ahead, one waiting to be written.
     return 4 * tokens * widths + 2 * shape.unit_bytes
-
-

@@ -32,7 +32,7 @@ class Grid:
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def search(
         self, target_RC: Float[Tensor, "R C"]
@@ -75,9 +75,7 @@ class Grid:
         self, scale_R: Float[Tensor, "R"], zero_R: Float[Tensor, "R"]
     ) -> Float[Tensor, "R L"]:
         """Give what each code decodes to, per row, as a loader computes it."""
-        code_L = torch.arange(
-            self.top + 1, dtype=torch.float32, device=scale_R.device
-        )
+        code_L = torch.arange(self.top + 1, dtype=torch.float32, device=scale_R.device)
         return self.rounded((code_L - zero_R[:, None]) * scale_R[:, None])
 
     def rounded(self, weight: Tensor) -> Tensor:

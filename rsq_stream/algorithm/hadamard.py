@@ -113,9 +113,7 @@ def kronecker_factors(order: int) -> list[Tensor]:
     return [factor for factor in found if factor is not None]
 
 
-def hadamard_product(
-    x_LN: Float[Tensor, "L N"], order: int
-) -> Float[Tensor, "L N"]:
+def hadamard_product(x_LN: Float[Tensor, "L N"], order: int) -> Float[Tensor, "L N"]:
     """Compute ``x @ (I kron H) / sqrt(order)``, H the Hadamard matrix of ``order``.
 
     ``order`` divides N; each run of ``order`` columns is transformed by itself.

@@ -42,9 +42,7 @@ class Rotation:
             return x_LN @ self.dense_NN.to(x_LN)
         return hadamard_product(x_LN * self.signs_N.to(x_LN), self.order)
 
-    def apply_to_outputs(
-        self, weight_NI: Float[Tensor, "N I"]
-    ) -> Float[Tensor, "N I"]:
+    def apply_to_outputs(self, weight_NI: Float[Tensor, "N I"]) -> Float[Tensor, "N I"]:
         """Compute ``Q^T W``: the layer's outputs come out rotated."""
         return self.apply(weight_NI.T.contiguous()).T.contiguous()
 
@@ -69,9 +67,7 @@ def make_rotation(name: str, size: int, seed: int) -> Rotation:
     signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
     kind, _, order = name.rpartition("-")
     if kind == "orthogonal":
-        gaussian = torch.randn(
-            size, size, generator=generator, dtype=torch.float64
-        )
+        gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
         # The sign of R's diagonal is LAPACK's choice; fixing it makes Q unique.
         q_NN, r_NN = torch.linalg.qr(gaussian)
         dense = q_NN * r_NN.diagonal().sign()

@@ -157,9 +157,7 @@ def _solve_tile(
         )
         nearest_RC = grid.nearest(weight_RC, scale_R, zero_R)
         nearest_RI[:, columns] = nearest_RC
-        nearest_error_RI[:, columns] = weight_RC - level_RL.gather(
-            1, nearest_RC.long()
-        )
+        nearest_error_RI[:, columns] = weight_RC - level_RL.gather(1, nearest_RC.long())
     losses = [
         _loss(part_RI, factor) for part_RI in (error_RI, nearest_error_RI, weight_RI)
     ]
@@ -173,7 +171,7 @@ def _current(weight_RC: Tensor, target_RC: Tensor, unit_CC: Tensor) -> Tensor:
     sweep's targets leave out what the group's own columns will add; taking that
     back is one triangular solve: w + (E U)[:, group] U[group, group]^-1.
     """
-    owed_RC = torch.linalg.solve_triangular(
+    owed_RC: Tensor = torch.linalg.solve_triangular(
         unit_CC, target_RC - weight_RC, upper=True, left=False, unitriangular=True
     )
     return weight_RC + owed_RC

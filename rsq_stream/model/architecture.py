@@ -27,9 +27,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(
-        "attention in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    ),
+    Stage("attention in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Stage("attention out", ("self_attn.o_proj",)),
     Stage("mlp in", ("mlp.gate_proj", "mlp.up_proj")),
     Stage("mlp out", ("mlp.down_proj",)),
@@ -136,8 +134,7 @@ class Architecture:
         """Whether a linear of a block has a bias."""
         if linear in self.family.biases:
             return True
-        bias = self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
-        return bias
+        return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
 
 
 def block_prefix(block: int) -> str:

@@ -58,7 +58,11 @@ def attention(
 
 
 def _windowed(
-    query_BHTK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, scaling: float, window: int
+    query_BHTK: Tensor,
+    key_BGTK: Tensor,
+    value_BGTK: Tensor,
+    scaling: float,
+    window: int,
 ) -> Tensor:
     """Attend to the latest ``window`` keys only, some queries at a time."""
     tokens = query_BHTK.shape[2]

@@ -36,7 +36,7 @@ def layer_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
     made: PretrainedConfig = getattr(module, family.stem + "Config").from_dict(
         {key: value for key, value in config.items() if key != "quantization_config"}
     )
-    made._attn_implementation = ATTENTION  # noqa: SLF001  no public setter
+    made._attn_implementation = ATTENTION
     return made
 
 
@@ -98,34 +98,39 @@ class Block:
         )
 
     def attention_input(self, x_BTD: Tensor) -> Tensor:
-        """a = norm1(x): the input of q, k, v."""
-        return self._attention_norm(x_BTD)  # type: ignore[no-any-return]
+        """Compute a = norm1(x): the input of q, k, v."""
+        a_BTD: Tensor = self._attention_norm(x_BTD)
+        return a_BTD
 
     def column_sums(self, a_BTD: Tensor) -> Float[Tensor, "B T"]:
         """Give the attention each token receives, by the present q and k."""
-        _, sums_BT = self._attend(a_BTD, column_sums=True)
+        sums_BT: Tensor = self._attend(a_BTD, column_sums=True)[1]
         return sums_BT
 
     def attention_output(self, a_BTD: Tensor) -> Tensor:
-        """c = attention(q(a), k(a), v(a)): the input of o."""
+        """C = attention(q(a), k(a), v(a)): the input of o."""
         c_BTI, _ = self._attend(a_BTD)
         return c_BTI
 
     def after_attention(self, x_BTD: Tensor, c_BTI: Tensor) -> Tensor:
-        """h = x + o(c)."""
-        return x_BTD + self._linears["self_attn.o_proj"](c_BTI)
+        """H = x + o(c)."""
+        h_BTD: Tensor = x_BTD + self._linears["self_attn.o_proj"](c_BTI)
+        return h_BTD
 
     def mlp_input(self, h_BTD: Tensor) -> Tensor:
-        """m = norm2(h): the input of gate and up."""
-        return self._mlp_norm(h_BTD)  # type: ignore[no-any-return]
+        """M = norm2(h): the input of gate and up."""
+        m_BTD: Tensor = self._mlp_norm(h_BTD)
+        return m_BTD
 
     def mlp_output(self, m_BTD: Tensor) -> Tensor:
-        """u = act(gate(m)) * up(m): the input of down."""
-        return self._mlp(m_BTD)  # type: ignore[no-any-return]
+        """U = act(gate(m)) * up(m): the input of down."""
+        u_BTI: Tensor = self._mlp(m_BTD)
+        return u_BTI
 
     def after_mlp(self, h_BTD: Tensor, u_BTI: Tensor) -> Tensor:
-        """x' = h + down(u): the input of the next block."""
-        return h_BTD + self._linears["mlp.down_proj"](u_BTI)
+        """Compute x' = h + down(u): the input of the next block."""
+        x_BTD: Tensor = h_BTD + self._linears["mlp.down_proj"](u_BTI)
+        return x_BTD
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Run the whole block."""

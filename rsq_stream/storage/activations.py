@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Slot:
         self._depth = depth
         self._direct = direct
         self._memory: dict[int, Tensor] = {}
-        self._array: zarr.Array | None = None
+        self._array: zarr.Array[Any] | None = None
         self._writes: deque[Future[None]] = deque()
         self._writing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "rsq-read")
@@ -106,7 +107,10 @@ class Slot:
 
         A unit that stays in memory goes to disk only if it must be ``durable``.
         """
-        if x_BTD.shape != self.shape.unit_shape(unit) or x_BTD.dtype != self.shape.dtype:
+        if (
+            x_BTD.shape != self.shape.unit_shape(unit)
+            or x_BTD.dtype != self.shape.dtype
+        ):
             raise ValueError(f"unit {unit}: {x_BTD.dtype} {tuple(x_BTD.shape)}")
         x_BTD = x_BTD.to("cpu").contiguous()
         if unit < self._resident:
@@ -156,7 +160,7 @@ class Slot:
     def _chunk_path(self, unit: int) -> Path:
         return self.folder / f"c.{unit}.0.0"
 
-    def _open(self) -> zarr.Array:
+    def _open(self) -> "zarr.Array[Any]":
         """Open the array, or make it; the chunk layout is fixed by the shape."""
         if self._array is None:
             shape, stored = self.shape, _STORED_AS[self.shape.dtype][0]
@@ -190,11 +194,11 @@ class Slot:
             self._open()[self._rows(unit)] = raw
         except OSError as error:
             raise ScratchError(atomic.explanation(self.folder, error)) from error
-        self.checksums[unit] = zlib.crc32(memoryview(raw).cast("B"))
+        self.checksums[unit] = zlib.crc32(raw.data)
 
     def _load(self, unit: int) -> Tensor:
         raw = np.ascontiguousarray(self._open()[self._rows(unit)])
-        if self.checksums.get(unit) != zlib.crc32(memoryview(raw).cast("B")):
+        if self.checksums.get(unit) != zlib.crc32(raw.data):
             raise ScratchError(
                 f"{self._chunk_path(unit)}: the stored activations are damaged or"
                 " missing; --restart starts the run over"

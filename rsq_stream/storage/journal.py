@@ -111,7 +111,9 @@ class Journal:
 
     def block_seconds(self) -> list[float]:
         """Give how long each finished block took, in order."""
-        return [row[0] for row in self._rows("SELECT seconds FROM blocks ORDER BY block")]
+        return [
+            row[0] for row in self._rows("SELECT seconds FROM blocks ORDER BY block")
+        ]
 
     def chunks(self, slot: str) -> dict[int, int]:
         """Give the checksums of a slot's chunks."""
@@ -144,5 +146,3 @@ class Journal:
                 f"{self.path}: the journal cannot be used ({error});"
                 " --restart starts over"
             ) from error
-
-

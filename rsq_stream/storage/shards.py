@@ -139,7 +139,7 @@ class Checkpoint:
         """Read one tensor from its shard."""
         entry = self.entry(name)
         raw = torch.empty(entry.size_bytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         path = self.files.path(entry.shard)
         start = self._start_of_data(entry.shard, path) + entry.offset
         with path.open("rb", buffering=0) as file:

@@ -115,7 +115,7 @@ class ShardWriter:
                 f" {announced.dtype} {list(announced.shape)} belongs"
             )
         dense = tensor.detach().to("cpu").contiguous()
-        raw = memoryview(dense.view(-1).view(torch.uint8).numpy())
+        raw = dense.view(-1).view(torch.uint8).numpy().data
         self._open(layout).write(offset, raw)
         self.checksums[name] = zlib.crc32(raw)
 
@@ -129,7 +129,8 @@ class ShardWriter:
         return [
             layout
             for layout in self._layouts.values()
-            if layout.name in self._files and layout.places.keys() <= self.checksums.keys()
+            if layout.name in self._files
+            and layout.places.keys() <= self.checksums.keys()
         ]
 
     def reopen(self, finished: set[str]) -> None:

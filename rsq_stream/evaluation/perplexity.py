@@ -1,0 +1,222 @@
+"""Perplexity and KL divergence, streamed block by block.
+
+Only one decoder block is in memory at a time; hidden states of all windows are
+kept in memory up to a budget and on disk beyond it. Loss and divergence are
+computed in fp32, tile by tile of tokens.
+"""
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from rsq_stream.errors import CalibrationError, UnsupportedModelError
+from rsq_stream.evaluation.reader import ModelReader
+from rsq_stream.events import Listener, ignore
+from rsq_stream.model.block import Block
+from rsq_stream.ops.pool import single_threaded_products
+from rsq_stream.passes import Passes, require_finite
+from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
+from rsq_stream.storage.shards import Checkpoint
+
+_UNIT_TOKENS = 2048
+_LOGIT_TOKENS = 256
+"""Tokens whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a text says of a model."""
+
+    perplexity: float
+    """exp of the mean loss of tokens 2 .. T of each window."""
+    loss: float
+    tokens: int
+    """Tokens that were predicted."""
+    windows: int
+    seconds: float
+    kl_divergence: float | None = None
+    """Mean of KL(other || model) per predicted token, in nats."""
+    against_perplexity: float | None = None
+    """Perplexity of the other model on the same windows."""
+
+
+def evaluation_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    bos: bool,
+    max_windows: int | None,
+    where: str,
+) -> Int[Tensor, "B T"]:
+    """Cut a text into windows that do not overlap; the rest is dropped.
+
+    With ``bos`` each window begins with the tokenizer's BOS token.
+
+    Raises
+    ------
+    CalibrationError
+        The text is shorter than one window, or there is no BOS token.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    body = sequence_length - 1 if bos else sequence_length
+    count = len(ids) // body
+    if max_windows is not None:
+        count = min(count, max_windows)
+    if count < 1:
+        raise CalibrationError(
+            f"{where}: {len(ids)} tokens, but one window needs {body}; give more text"
+            " or a smaller --sequence-length"
+        )
+    window_BT = torch.tensor(ids[: count * body]).view(count, body)
+    if not bos:
+        return window_BT
+    if tokenizer.bos_token_id is None:
+        raise CalibrationError("--bos: the tokenizer has no BOS token; use --no-bos")
+    start_B1 = torch.full((count, 1), tokenizer.bos_token_id)
+    return torch.cat([start_B1, window_BT], dim=1)
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    window_BT: Int[Tensor, "B T"],
+    *,
+    against: Checkpoint | None = None,
+    workers: int = 1,
+    device: str = "cpu",
+    listener: Listener = ignore,
+) -> Evaluation:
+    """Measure perplexity, and the divergence from another model if one is given.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The two models have different vocabularies, or a token is outside of it.
+    """
+    began = time.monotonic()
+    place = torch.device(device)
+    models = [ModelReader(checkpoint, place)]
+    if against is not None:
+        models.append(ModelReader(against, place))
+    vocabularies = {model.architecture.vocabulary for model in models}
+    if len(vocabularies) > 1 or int(window_BT.max()) >= min(vocabularies):
+        raise UnsupportedModelError(
+            f"{checkpoint.files.where}: vocabularies of {sorted(vocabularies)} and a"
+            f" largest token of {int(window_BT.max())} do not go together"
+        )
+    with (
+        tempfile.TemporaryDirectory(prefix="rsq-stream-eval-") as scratch,
+        single_threaded_products(workers) as pool,
+    ):
+        passes = Passes(pool, 2 * workers, listener, Event())
+        slots = [
+            _final_hidden(model, window_BT, Path(scratch) / str(number), passes)
+            for number, model in enumerate(models)
+        ]
+        losses, divergence = _compare(models, slots, window_BT, passes)
+        for slot in slots:
+            slot.close()
+    predicted = window_BT.shape[0] * (window_BT.shape[1] - 1)
+    loss = losses[0] / predicted
+    return Evaluation(
+        perplexity=math.exp(loss),
+        loss=loss,
+        tokens=predicted,
+        windows=window_BT.shape[0],
+        seconds=time.monotonic() - began,
+        kl_divergence=divergence / predicted if against is not None else None,
+        against_perplexity=math.exp(losses[1] / predicted) if against else None,
+    )
+
+
+def _final_hidden(
+    model: ModelReader, window_BT: Tensor, folder: Path, passes: Passes
+) -> Slot:
+    """Run all windows through all blocks; the slot is overwritten block by block."""
+    sequences, tokens = window_BT.shape
+    shape = SlotShape(
+        sequences,
+        tokens,
+        model.architecture.width,
+        max(1, _UNIT_TOKENS // tokens),
+        model.compute_type,
+    )
+    free = int(psutil.virtual_memory().available * 0.25)
+    resident = min(shape.units, free // shape.unit_bytes)
+    folder.mkdir()
+    direct = has_direct_io(folder)
+    slot = Slot(folder / "x", shape, resident, passes.in_flight, direct=direct)
+    embedding_VD = model.embedding()
+    for unit in range(shape.units):
+        first = unit * shape.unit_sequences
+        token_BT = window_BT[first : first + shape.unit_sequences]
+        x_BTD = embedding_VD[token_BT].to(shape.dtype)
+        slot.write(unit, x_BTD, durable=False)
+    del embedding_VD
+    slot.flush(durable=False)
+    rope = model.rope(tokens)
+    for index in range(model.architecture.blocks):
+        block = model.block(index, rope)
+
+        def one(unit: int, x_BTD: Tensor, block: Block = block) -> Tensor:
+            del unit
+            return block.forward(x_BTD.to(model.device))
+
+        for run in passes.over(slot, index, "forward", one):
+            for unit, x_BTD in run:
+                require_finite(x_BTD, index, "forward", unit * shape.unit_sequences)
+                slot.write(unit, x_BTD, durable=False)
+        slot.flush(durable=False)
+    return slot
+
+
+def _compare(
+    models: list[ModelReader], slots: list[Slot], window_BT: Tensor, passes: Passes
+) -> tuple[list[float], float]:
+    """Sum the loss of each model, and the divergence of the second from the first."""
+    device = models[0].device
+    gains = [model.final_norm().to(device) for model in models]
+    heads = [model.head().to(device).float() for model in models]
+    losses, divergence = [0.0] * len(models), 0.0
+    count = slots[0].shape.unit_sequences
+
+    def one(unit: int) -> tuple[list[float], float]:
+        token_BT = window_BT[unit * count : (unit + 1) * count].to(device)
+        target_L = token_BT[:, 1:].reshape(-1)
+        hidden = [
+            model.normalised(x_BTD.to(device), gain_D)[:, :-1].flatten(0, 1)
+            for model, gain_D, x_BTD in zip(models, gains, units[unit], strict=True)
+        ]
+        sums, apart = [0.0] * len(models), 0.0
+        for start in range(0, len(target_L), _LOGIT_TOKENS):
+            rows = slice(start, start + _LOGIT_TOKENS)
+            logits = [x[rows] @ head.T for x, head in zip(hidden, heads, strict=True)]
+            for number, logit_LV in enumerate(logits):
+                each_L = cross_entropy(logit_LV, target_L[rows], reduction="none")
+                sums[number] += float(each_L.sum(dtype=torch.float64))
+            if len(logits) == 2:
+                q_LV, p_LV = (logit.log_softmax(-1) for logit in logits)
+                apart_L = (p_LV.exp() * (p_LV - q_LV)).sum(-1)
+                apart += float(apart_L.sum(dtype=torch.float64))
+        return sums, apart
+
+    number_of_units = slots[0].shape.units
+    readers = [slot.read(range(number_of_units)) for slot in slots]
+    units: dict[int, list[Tensor]] = {}
+    for first in range(0, number_of_units, passes.in_flight):
+        run = range(first, min(first + passes.in_flight, number_of_units))
+        units = {unit: [next(reader) for reader in readers] for unit in run}
+        for sums, apart in passes.pool.map(one, run):
+            losses = [old + new for old, new in zip(losses, sums, strict=True)]
+            divergence += apart
+    return losses, divergence

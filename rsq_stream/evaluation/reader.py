@@ -1,0 +1,88 @@
+"""One way to read a source or a quantized checkpoint: as full-precision tensors."""
+
+import torch
+from torch import Tensor
+
+from rsq_stream.errors import CheckpointError
+from rsq_stream.model.architecture import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LINEARS,
+    block_prefix,
+    read_architecture,
+)
+from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.packed_format import decode_linear, schemes_of
+from rsq_stream.storage.shards import Checkpoint
+
+
+class ModelReader:
+    """Reads a model part by part; quantized linears come decoded."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        where = checkpoint.files.where
+        self.architecture = read_architecture(checkpoint.config, where)
+        self.config = layer_config(self.architecture.family, checkpoint.config)
+        self.epsilon: float = self.config.rms_norm_eps
+        self._checkpoint = checkpoint
+        self._schemes = schemes_of(checkpoint.config, where)
+        self.device = device
+        norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
+        self.compute_type = norm.dtype if device.type == "cuda" else torch.float32
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linears are stored as codes."""
+        return self._schemes is not None
+
+    def embedding(self) -> Tensor:
+        """Give the embedding, in the type it is stored in."""
+        return self._outer(EMBEDDING)
+
+    def head(self) -> Tensor:
+        """Give the head: the embedding where the two are tied."""
+        return self._outer(EMBEDDING if self.architecture.tied else HEAD)
+
+    def final_norm(self) -> Tensor:
+        """Give the gain of the norm before the head."""
+        return self._outer(FINAL_NORM)
+
+    def _outer(self, name: str) -> Tensor:
+        self._checkpoint.entry(name, self.architecture.outer_shapes()[name])
+        return self._checkpoint.read(name)
+
+    def block(self, index: int, rope: Rope) -> Block:
+        """Read and decode one block, ready to run."""
+        tensors = {
+            name: self._tensor(block_prefix(index), name, shape)
+            for name, shape in self.architecture.block_shapes().items()
+        }
+        family = self.architecture.family
+        return Block(family, self.config, index, tensors, rope)
+
+    def _tensor(self, prefix: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        linear = name.removesuffix(".weight")
+        if self._schemes is not None and linear in LINEARS:
+            scheme = self._schemes[linear]
+            tensor = decode_linear(self._checkpoint.read, prefix + linear, scheme)
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"{self._checkpoint.files.where}: {prefix}{linear} decodes to"
+                    f" {list(tensor.shape)}, but config.json makes it {list(shape)}"
+                )
+        else:
+            self._checkpoint.entry(prefix + name, shape)
+            tensor = self._checkpoint.read(prefix + name)
+        return tensor.to(self.device, self.compute_type)
+
+    def rope(self, tokens: int) -> Rope:
+        """Make the rotary embedding for that many tokens."""
+        family = self.architecture.family
+        return Rope(family, self.config, tokens, self.compute_type, self.device)
+
+    def normalised(self, x_BTD: Tensor, gain_D: Tensor) -> Tensor:
+        """Apply the final norm in fp32."""
+        x_BTD = x_BTD.float()
+        scale = torch.rsqrt(x_BTD.square().mean(-1, keepdim=True) + self.epsilon)
+        return x_BTD * scale * gain_D.float()
