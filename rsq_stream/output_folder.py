@@ -87,7 +87,7 @@ class OutputFolder:
         self._writer.reopen(set(self._journal.shards()))
 
     @staticmethod
-    def require_usable(path: Path, work_dir: Path) -> None:
+    def require_usable(path: Path, *, resuming: bool) -> None:
         """Refuse an output folder that holds anything but an unfinished run's parts.
 
         Raises
@@ -97,7 +97,7 @@ class OutputFolder:
         """
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path}: is a file; give a folder with --output")
-        if (work_dir / "journal.sqlite").exists() or not path.exists():
+        if resuming or not path.exists():
             return
         found = sorted(entry.name for entry in path.iterdir())
         if found:

@@ -5,14 +5,13 @@ write -> journal -> next block.
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from rsq_stream.algorithm.rotation import make_rotation
 from rsq_stream.algorithm.solver import Solution
 from rsq_stream.block_solver import (
     BlockSolver,
@@ -37,16 +36,15 @@ from rsq_stream.model.architecture import (
     FINAL_NORM,
     HEAD,
     LINEARS,
-    Architecture,
     block_prefix,
     read_architecture,
 )
 from rsq_stream.model.block import Block, Rope, layer_config
-from rsq_stream.model.rotate import ModelRotation
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import encode_linear, output_is_tied, scheme_for
 from rsq_stream.passes import Passes
+from rsq_stream.source import Source
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 from rsq_stream.storage.journal import Journal
@@ -88,17 +86,17 @@ def quantize(
         Whatever else went wrong, in one line.
     """
     began = time.monotonic()
-    if options.restart:
-        OutputFolder.discard_unfinished(options.output)
-        atomic.remove_tree(options.work_dir)
-    OutputFolder.require_usable(options.output, options.work_dir)
     with (
-        RunFolder(options.work_dir, plan.canonical_json(), plan.sha256) as folder,
+        RunFolder(options.work_dir) as folder,
         single_threaded_products(options.workers) as pool,
     ):
-        stop = stop or threading.Event()
-        passes = Passes(pool, execution.in_flight, listener, stop)
-        run = _Run(checkpoint, plan, execution, options, folder.journal, passes)
+        if options.restart:
+            folder.clear()
+            OutputFolder.discard_unfinished(options.output)
+        OutputFolder.require_usable(options.output, resuming=folder.has_run)
+        journal = folder.open_journal(plan.canonical_json(), plan.sha256)
+        passes = Passes(pool, execution.in_flight, listener, stop or threading.Event())
+        run = _Run(checkpoint, plan, execution, options, journal, passes)
         try:
             first = run.begin(windows)
             for index in range(first, run.architecture.blocks):
@@ -135,22 +133,22 @@ class _Run:
         self.records = {
             name: LinearRecord(**made) for name, made in journal.linears().items()
         }
-        self._checkpoint = checkpoint
         self._plan = plan
         self._device = torch.device(options.device)
         self._journal = journal
+        self._work_dir = options.work_dir
         self._passes = passes
         self._output = OutputFolder(
             options.output, checkpoint, self.architecture, plan, journal
         )
-        self._rotation = _rotation(plan, self.architecture)
+        self._source = Source(checkpoint, self.architecture, plan, self._device)
         self._config = layer_config(self.architecture.family, checkpoint.config)
         self._slots: list[Slot] = []
         if plan.needs_calibration:
-            self._make_slots(execution, options.work_dir)
+            self._make_slots(execution)
 
-    def _make_slots(self, execution: ExecutionPlan, work_dir: Path) -> None:
-        plan = self._plan
+    def _make_slots(self, execution: ExecutionPlan) -> None:
+        plan, work_dir = self._plan, self._work_dir
         shape = SlotShape(
             sequences=plan.sequences,
             tokens=plan.sequence_length,
@@ -182,6 +180,7 @@ class _Run:
 
     def begin(self, windows: Windows | None) -> int:
         """Write what lies outside the blocks, embed; gives the first block to do."""
+        self._journal.put({"blocks": str(self.architecture.blocks)})
         last = self._journal.last_block()
         first = 0 if last is None else last[0] + 1
         self.finished = first
@@ -200,20 +199,14 @@ class _Run:
 
     def _write_outer(self, windows: Windows | None) -> None:
         """Write embedding, final norm and head; embed the calibration windows."""
-        read, rotation = self._checkpoint.read, self._rotation
-        embedding_VD = read(EMBEDDING)
-        norm_D = read(FINAL_NORM)
-        tied = self.architecture.tied
         if not output_is_tied(self.architecture, self._plan):
-            head_VD = embedding_VD if tied else read(HEAD)
-            rotated = rotation.head(head_VD, norm_D) if rotation else head_VD
-            self._output.write({HEAD: rotated})
-            del head_VD, rotated
-        if rotation:
-            embedding_VD = rotation.embedding(embedding_VD)
-            norm_D = torch.ones_like(norm_D)
+            self._output.write({HEAD: self._source.head()})
+        embedding_VD = self._source.embedding()
+        norm_D = self._source.final_norm()
         self._output.write({EMBEDDING: embedding_VD, FINAL_NORM: norm_D})
         if windows is not None and self._slots:
+            kept = {"windows": windows.window_BT.to(torch.int32)}
+            atomic.write_file(self._work_dir / "windows.safetensors", save(kept))
             slot = self._slots[0]
             for unit in range(slot.shape.units):
                 self._passes.check()
@@ -227,35 +220,14 @@ class _Run:
     def block(self, index: int) -> None:
         """Do one block: read, rotate, solve, pack, write, journal."""
         began = time.monotonic()
-        tensors = self._read_block(index)
-        if self._rotation:
-            tensors = self._rotation.block(tensors)
-        self._write_unquantized(index, tensors)
+        tensors = self._source.block(index)
+        self._output.write(self._source.unquantized(index, tensors))
         records = self._solve(index, tensors)
         self._commit(index, time.monotonic() - began, records)
 
-    def _read_block(self, index: int) -> dict[str, Tensor]:
-        names = list(self.architecture.block_shapes())
-        read = self._checkpoint.read_many(block_prefix(index), names)
-        return {name: read[name].to(self._device).float() for name in names}
-
-    def _write_unquantized(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write norms and biases in the source's type."""
-        prefix = block_prefix(index)
-        self._output.write(
-            {
-                prefix + name: tensor.to(self._checkpoint.entry(prefix + name).dtype)
-                for name, tensor in tensors.items()
-                if name.removesuffix(".weight") not in LINEARS
-            }
-        )
-
     def _solve(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
         prefix = block_prefix(index)
-        types = {
-            name: self._checkpoint.entry(f"{prefix}{name}.weight").dtype
-            for name in LINEARS
-        }
+        types = self._source.linear_types(index)
         grids = {name: make_grid(self._plan, dtype) for name, dtype in types.items()}
 
         def keep(linear: str, solution: Solution) -> None:
@@ -317,17 +289,3 @@ class _Run:
         for slot in self._slots:
             slot.close()
         self._output.close()
-
-
-def _rotation(
-    plan: QuantizationPlan, architecture: Architecture
-) -> ModelRotation | None:
-    """Build R1 and R2 from the plan; their signs come from the seed."""
-    if plan.residual_rotation == "none":
-        return None
-    residual = make_rotation(plan.residual_rotation, architecture.width, plan.seed)
-    # Another stream of signs, so that equal sizes do not get equal rotations.
-    value = make_rotation(
-        plan.value_rotation, architecture.head_width, plan.seed + 2**32
-    )
-    return ModelRotation(residual, value)

@@ -108,22 +108,22 @@ class Block:
         return sums_BT
 
     def attention_output(self, a_BTD: Tensor) -> Tensor:
-        """C = attention(q(a), k(a), v(a)): the input of o."""
+        """Compute c = attention(q(a), k(a), v(a)): the input of o."""
         c_BTI, _ = self._attend(a_BTD)
         return c_BTI
 
     def after_attention(self, x_BTD: Tensor, c_BTI: Tensor) -> Tensor:
-        """H = x + o(c)."""
+        """Compute h = x + o(c)."""
         h_BTD: Tensor = x_BTD + self._linears["self_attn.o_proj"](c_BTI)
         return h_BTD
 
     def mlp_input(self, h_BTD: Tensor) -> Tensor:
-        """M = norm2(h): the input of gate and up."""
+        """Compute m = norm2(h): the input of gate and up."""
         m_BTD: Tensor = self._mlp_norm(h_BTD)
         return m_BTD
 
     def mlp_output(self, m_BTD: Tensor) -> Tensor:
-        """U = act(gate(m)) * up(m): the input of down."""
+        """Compute u = act(gate(m)) * up(m): the input of down."""
         u_BTI: Tensor = self._mlp(m_BTD)
         return u_BTI
 

@@ -14,35 +14,28 @@ from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import NAME as JOURNAL
 from rsq_stream.storage.journal import Journal
 
+_LOCK = "lock"
+
 
 class RunFolder:
-    """An open work folder that belongs to this process."""
+    """A work folder that belongs to this process as long as it is open."""
 
-    def __init__(self, path: Path, plan_json: str, plan_sha256: str) -> None:
-        """Make the folder, or go on in it if it holds a run of the same plan.
+    def __init__(self, path: Path) -> None:
+        """Make the folder if need be, and lock it.
 
         Raises
         ------
-        PlanMismatchError
-            The folder holds a run of another plan; every differing field is named.
         ScratchError
             Another process has the folder, or it cannot be written.
         """
         self.path = path
+        self._journal: Journal | None = None
         with atomic.explained(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-        self.journal = Journal(path / JOURNAL)
-        before = self.journal.get("plan")
-        self.resumed = before is not None
-        if before is None:
-            self.journal.put({"plan": plan_json, "plan_sha256": plan_sha256})
-        elif before != plan_json:
-            self.close()
-            raise PlanMismatchError(mismatch(path, before, plan_json))
 
     def _locked(self) -> int:
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -56,6 +49,38 @@ class RunFolder:
         os.write(descriptor, str(os.getpid()).encode())
         return descriptor
 
+    @property
+    def has_run(self) -> bool:
+        """Whether an unfinished run is here."""
+        return (self.path / JOURNAL).exists()
+
+    def clear(self) -> None:
+        """Forget the unfinished run, for ``--restart``."""
+        with atomic.explained(self.path):
+            # The journal first: without it nothing else means anything.
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            for entry in self.path.iterdir():
+                if entry.is_dir():
+                    atomic.remove_tree(entry)
+                elif entry.name != _LOCK:
+                    entry.unlink()
+
+    def open_journal(self, plan_json: str, plan_sha256: str) -> Journal:
+        """Start the journal of a plan, or go on with it.
+
+        Raises
+        ------
+        PlanMismatchError
+            The folder holds a run of another plan; every differing field is named.
+        """
+        self._journal = Journal(self.path / JOURNAL)
+        before = self._journal.get("plan")
+        if before is None:
+            self._journal.put({"plan": plan_json, "plan_sha256": plan_sha256})
+        elif before != plan_json:
+            raise PlanMismatchError(mismatch(self.path, before, plan_json))
+        return self._journal
+
     def __enter__(self) -> "RunFolder":
         return self
 
@@ -63,15 +88,21 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Close the journal and give the lock back."""
-        self.journal.close()
+        """Close the journal and give the lock back; a folder without a run goes."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
         if self._lock >= 0:
+            if not self.has_run:
+                atomic.remove_tree(self.path)
             os.close(self._lock)
             self._lock = -1
 
     def remove(self) -> None:
-        """Remove the folder: the output is whole."""
-        self.close()
+        """Remove the folder with all that is in it: the output is whole."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
         atomic.remove_tree(self.path)
 
 

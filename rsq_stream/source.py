@@ -1,0 +1,97 @@
+"""The source model part by part: read from its shards and rotated.
+
+Everything comes as it goes into the solver or the output: blocks in fp32, what
+lies outside of them rounded once to the source's type.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rsq_stream.algorithm.rotation import make_rotation
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.model.architecture import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LINEARS,
+    Architecture,
+    block_prefix,
+)
+from rsq_stream.model.rotate import ModelRotation
+from rsq_stream.storage.shards import Checkpoint
+
+
+class Source:
+    """A full-precision checkpoint as one plan sees it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        plan: QuantizationPlan,
+        device: torch.device,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._device = device
+        self._rotation = _rotation(plan, architecture)
+
+    def embedding(self) -> Tensor:
+        """Give the embedding as the output stores it."""
+        weight_VD = self._checkpoint.read(EMBEDDING)
+        return self._rotation.embedding(weight_VD) if self._rotation else weight_VD
+
+    def head(self) -> Tensor:
+        """Give the head as the output stores it: untied, where it was tied."""
+        tied = self._architecture.tied
+        weight_VD = self._checkpoint.read(EMBEDDING if tied else HEAD)
+        if self._rotation is None:
+            return weight_VD
+        return self._rotation.head(weight_VD, self._checkpoint.read(FINAL_NORM))
+
+    def final_norm(self) -> Tensor:
+        """Give the last norm's gain; after a rotation it is in the head."""
+        gain_D = self._checkpoint.read(FINAL_NORM)
+        return torch.ones_like(gain_D) if self._rotation else gain_D
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Read a block and rotate it; fp32, by the names in the block."""
+        names = list(self._architecture.block_shapes())
+        read = self._checkpoint.read_many(block_prefix(index), names)
+        tensors = {name: read[name].to(self._device).float() for name in names}
+        return self._rotation.block(tensors) if self._rotation else tensors
+
+    def unquantized(
+        self, index: int, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give a block's norms and biases, by full name, in the source's type."""
+        prefix = block_prefix(index)
+        return {
+            prefix + name: tensor.to(self._checkpoint.entry(prefix + name).dtype)
+            for name, tensor in tensors.items()
+            if name.removesuffix(".weight") not in LINEARS
+        }
+
+    def linear_types(self, index: int) -> dict[str, torch.dtype]:
+        """Give the stored type of each linear of a block."""
+        prefix = block_prefix(index)
+        return {
+            name: self._checkpoint.entry(f"{prefix}{name}.weight").dtype
+            for name in LINEARS
+        }
+
+
+def _rotation(
+    plan: QuantizationPlan, architecture: Architecture
+) -> ModelRotation | None:
+    """Build R1 and R2 from the plan; their signs come from the seed."""
+    if plan.residual_rotation == "none":
+        return None
+    residual = make_rotation(plan.residual_rotation, architecture.width, plan.seed)
+    # Another stream of signs, so that equal sizes do not get equal rotations.
+    value = make_rotation(
+        plan.value_rotation, architecture.head_width, plan.seed + 2**32
+    )
+    return ModelRotation(residual, value)
