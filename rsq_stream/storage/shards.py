@@ -135,6 +135,10 @@ class Checkpoint:
             )
         return entry
 
+    def alias(self, name: str, stored: str) -> None:
+        """Let a tensor that is stored under one name be read under another too."""
+        self.tensors[name] = self.entry(stored)
+
     def read(self, name: str) -> Tensor:
         """Read one tensor from its shard."""
         entry = self.entry(name)

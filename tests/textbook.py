@@ -1,0 +1,299 @@
+"""RSQ on a whole model in float64, as a textbook would write it.
+
+The streaming tool is compared with this file, so it shares no code with it and
+prefers the plain formula to the fast one. Tensors end in their axes: Outputs and
+Inputs of a linear, Groups (or KV heads), Rows, Columns, B sequences, Tokens, query
+Heads, K wide each, D wide residual stream. Codes and zeros are whole float64.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Model = Any  # a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM: typed in part only
+Quantized = namedtuple("Quantized", "codes_OI scale_OG zero_OG decoded_OI")
+
+
+def clip_search(
+    target_RC: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = True,
+    signed: bool = True,
+    steps: int = 80,
+    exponent: float = 2.0,
+    storage: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row with the least ``sum |t - decoded| ** e``.
+
+    Each step takes 1 % off the full range; ``signed`` also tries the mirrored grid.
+    Of equal errors the upright grid wins, then the larger.
+    """
+    target_RC = target_RC.double()
+    if symmetric:
+        full_R = target_RC.abs().amax(1) / (2 ** (bits - 1) - 1)
+        full_R = torch.where(full_R == 0, 1.0, full_R)
+        zero_R = torch.full_like(full_R, 2 ** (bits - 1))
+    else:
+        low_R, high_R = target_RC.amin(1).clamp(max=0), target_RC.amax(1).clamp(min=0)
+        full_R = (high_R - low_R) / (2**bits - 1)
+        full_R = torch.where(full_R == 0, 1.0, full_R)
+        zero_R = (-low_R / full_R).round().clamp(0, 2**bits - 1)
+    best_R, scale_R = torch.full_like(full_R, torch.inf), full_R
+    for sign in (1, -1) if symmetric and signed else (1,):
+        for step in range(steps):
+            tried_R = sign * _stored(full_R * (1 - 0.01 * step), storage)
+            codes_RC = _codes(target_RC, tried_R[:, None], zero_R[:, None], bits)
+            decoded_RC = tried_R[:, None] * (codes_RC - zero_R[:, None])
+            error_R = ((target_RC - decoded_RC).abs() ** exponent).sum(1)
+            scale_R = torch.where(error_R < best_R, tried_R, scale_R)
+            best_R = torch.minimum(error_R, best_R)
+    return scale_R, zero_R
+
+
+def _codes(target: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return ((target / scale).round() + zero).clamp(0, 2**bits - 1)
+
+
+def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
+    return value.to(storage).double()
+
+
+def _groups(weight_OI: Tensor, group_size: int) -> tuple[Tensor, ...]:
+    """Views of the columns that share a grid: all of them if they do not divide."""
+    inputs = weight_OI.shape[1]
+    divides = group_size != -1 and inputs % group_size == 0
+    return torch.split(weight_OI, group_size if divides else inputs, 1)
+
+
+def rtn(
+    weight_OI: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    storage: torch.dtype = torch.float32,
+    **search: Any,
+) -> Quantized:
+    """Round to the nearest level; ``search`` is for `clip_search`, here and below."""
+    parts = []
+    for group_OC in _groups(weight_OI.double(), group_size):
+        grid = clip_search(group_OC, bits, storage=storage, **search)
+        scale_O1, zero_O1 = (part_O[:, None] for part_O in grid)
+        codes_OC = _codes(group_OC, scale_O1, zero_O1, bits)
+        decoded_OC = _stored(scale_O1 * (codes_OC - zero_O1), storage)
+        parts.append((codes_OC, scale_O1, zero_O1, decoded_OC))
+    return Quantized(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+
+
+def gptq(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    damping: float = 0.01,
+    dynamic: bool = True,
+    storage: torch.dtype = torch.float32,
+    **search: Any,
+) -> Quantized:
+    """GPTQ of Frantar et al. (2210.17323): column by column, no blocks, no order.
+
+    Each column is rounded and its error spread over all later ones. The grid of a
+    group is searched on the weights as compensated so far (``dynamic``) or on the
+    given ones. An input that never was anything but 0 gets weights of 0.
+    """
+    given_OI, hessian_II = weight_OI.double(), hessian_II.double().clone()
+    weight_OI = given_OI.clone()
+    groups = _groups(weight_OI, group_size)
+    targets = groups if dynamic and len(groups) > 1 else _groups(given_OI, group_size)
+
+    dead_I = hessian_II.diagonal() == 0
+    hessian_II.diagonal()[dead_I] = 1
+    weight_OI[:, dead_I] = 0
+    hessian_II.diagonal().add_(damping * hessian_II.diagonal().mean())
+    upper_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True)
+
+    codes, decoded, grids = [], [], []
+    for i in range(len(hessian_II)):
+        group, column = divmod(i, groups[0].shape[1])
+        if column == 0:
+            grids.append(clip_search(targets[group], bits, storage=storage, **search))
+        scale_O, zero_O = grids[group]
+        codes.append(_codes(weight_OI[:, i], scale_O, zero_O, bits))
+        decoded.append(_stored(scale_O * (codes[-1] - zero_O), storage))
+        error_O = (weight_OI[:, i] - decoded[-1]) / upper_II[i, i]
+        weight_OI[:, i + 1 :] -= torch.outer(error_O, upper_II[i, i + 1 :])
+    parts = [codes, *zip(*grids, strict=True), decoded]
+    return Quantized(*(torch.stack(tuple(part), 1) for part in parts))
+
+
+def attention_sums(q_HTK: Tensor, k_GTK: Tensor, scaling: float) -> Tensor:
+    """Attention that each token receives, summed over query heads and queries."""
+    k_HTK = k_GTK.repeat_interleave(len(q_HTK) // len(k_GTK), 0)
+    scores_HTT = q_HTK.double() @ k_HTK.double().mT * scaling
+    future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
+    return scores_HTT.masked_fill(future_TT, -torch.inf).softmax(-1).sum((0, 1))
+
+
+def token_weights(column_sums_BT: Tensor, minimum: float, maximum: float) -> Tensor:
+    """Importance: affine to [minimum, maximum], then mean 1, then bfloat16."""
+    sums_BT = column_sums_BT.double()
+    low_B1, high_B1 = sums_BT.amin(1, keepdim=True), sums_BT.amax(1, keepdim=True)
+    r_BT = minimum + (maximum - minimum) * (sums_BT - low_B1) / (high_B1 - low_B1)
+    r_BT = torch.where(high_B1 == low_B1, 1.0, r_BT)  # all tokens matter alike
+    return _stored(r_BT / r_BT.mean(1, keepdim=True), torch.bfloat16)
+
+
+def received_attention(block: Model, hidden_BTD: Tensor, call: Any) -> Tensor:
+    """Column sums of all sequences, from the q and k that the block has now."""
+    attention, (cos_1TK, sin_1TK) = block.self_attn, call["position_embeddings"]
+    normed_BTD, heads = block.input_layernorm(hidden_BTD), []
+    for project, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
+        x_BTHK = getattr(attention, project)(normed_BTD)
+        x_BTHK = x_BTHK.unflatten(-1, (-1, attention.head_dim))
+        x_BHTK = getattr(attention, norm, nn.Identity())(x_BTHK).transpose(1, 2)
+        first, second = x_BHTK.chunk(2, -1)
+        heads.append(x_BHTK * cos_1TK + torch.cat((-second, first), -1) * sin_1TK)
+    pairs = zip(*heads, strict=True)
+    return torch.stack([attention_sums(q, k, attention.scaling) for q, k in pairs])
+
+
+def stages(block: Model) -> list[list[Any]]:
+    """Linears in the order of quantization: those of a stage share their inputs."""
+    attention, mlp = block.self_attn, block.mlp
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [qkv, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
+
+def in_float64(model: Model) -> None:
+    """Make each step float64: as published, norms and eager softmax use float32."""
+    model.double().eval().set_attn_implementation("sdpa")
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon") and not module._forward_hooks:
+            module.register_forward_hook(_norm_float64)
+
+
+def _norm_float64(module: Any, args: tuple[Tensor], _output: Tensor) -> Any:
+    mean_square = args[0].square().mean(-1, keepdim=True)
+    return args[0] / (mean_square + module.variance_epsilon).sqrt() * module.weight
+
+
+@torch.no_grad()
+def rotate(model: Model, q_DD: Tensor | None, r_KK: Tensor | None) -> None:
+    """Fold the gains, rotate the residual stream by ``q_DD`` and values by ``r_KK``."""
+    in_float64(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.clone())  # its own, if they were tied
+    model.config.tie_word_embeddings = False
+    folds, readers, writers = [(model.model.norm, [head])], [embedding, head], []
+    for block in model.model.layers:
+        attention, (qkv, o, up, down) = block.self_attn, stages(block)
+        folds += [(block.input_layernorm, qkv), (block.post_attention_layernorm, up)]
+        readers += qkv + up
+        writers += o + down
+        if r_KK is not None:
+            _rotate_outputs(attention.v_proj, r_KK)
+            heads_OHK = attention.o_proj.weight.unflatten(1, (-1, len(r_KK)))
+            attention.o_proj.weight.copy_((heads_OHK @ r_KK).flatten(1))
+    for norm, linears in folds:
+        for linear in linears:
+            linear.weight.mul_(norm.weight)
+        norm.weight.fill_(1)
+    if q_DD is not None:
+        for module in readers:
+            module.weight.copy_(module.weight @ q_DD)
+        for linear in writers:
+            _rotate_outputs(linear, q_DD)
+
+
+def _rotate_outputs(linear: Any, r_KK: Tensor) -> None:
+    """Each run of K outputs ``y`` becomes ``r.T @ y``: one run, or one per head."""
+    runs_GKI = linear.weight.unflatten(0, (-1, len(r_KK)))
+    linear.weight.copy_((r_KK.T @ runs_GKI).flatten(0, 1))
+    if linear.bias is not None:
+        linear.bias.copy_((linear.bias.unflatten(0, (-1, len(r_KK))) @ r_KK).flatten())
+
+
+@torch.no_grad()
+def quantize_model(
+    model: Model,
+    windows_BT: Tensor,
+    *,
+    method: Literal["rtn", "gptq", "quarot", "rsq"],
+    bits: int,
+    group_size: int,
+    q_DD: Tensor | None = None,
+    r_KK: Tensor | None = None,
+    importance_min: float = 0.005,
+    importance_max: float = 1.0,
+    damping: float = 0.01,
+    dynamic: bool = True,
+    storage: torch.dtype = torch.float32,
+    **search: Any,
+) -> None:
+    """Replace the linears of all blocks by their decoded values, in place.
+
+    ``quarot`` and ``rsq`` rotate first and round what stays unquantized to
+    ``storage``. A block sees the outputs of the quantized blocks before it, and a
+    stage those of the quantized stages before it. Importance knows no sliding
+    window, so windows must not be longer than it.
+    """
+    in_float64(model)
+    if method in ("quarot", "rsq"):
+        rotate(model, q_DD, r_KK)
+        for name, parameter in model.named_parameters():
+            if not name.endswith("_proj.weight"):
+                parameter.copy_(_stored(parameter, storage))
+    search["storage"] = storage
+    whole = partial(model.model, windows_BT[:1], use_cache=False)
+    calls = [kwargs for _, kwargs in _inputs(model.model.layers, whole)]
+    hidden_BTD = model.model.embed_tokens(windows_BT)
+    for block, call in zip(model.model.layers, calls, strict=True):
+        weights_BT = torch.ones_like(hidden_BTD[:, :, 0])
+        if method == "rsq":
+            sums_BT = received_attention(block, hidden_BTD, call)
+            weights_BT = token_weights(sums_BT, importance_min, importance_max)
+        run = partial(_outputs, block, hidden_BTD, call)
+        for linears in stages(block):
+            quantize: Callable[..., Quantized] = partial(rtn, **search)
+            if method != "rtn":
+                x_BTI = torch.cat([args[0] for args, _ in _inputs(linears[:1], run)])
+                hessian_II = torch.einsum("bt,bti,btj->ij", weights_BT, x_BTI, x_BTI)
+                more = {"damping": damping, "dynamic": dynamic, **search}
+                quantize = partial(gptq, hessian_II=hessian_II, **more)
+            for linear in linears:
+                found = quantize(linear.weight, bits=bits, group_size=group_size)
+                linear.weight.copy_(found.decoded_OI)
+        hidden_BTD = run()
+
+
+def _outputs(block: Model, hidden_BTD: Tensor, call: Any) -> Tensor:
+    return torch.cat([block(hidden_TD[None], **call) for hidden_TD in hidden_BTD])
+
+
+def _inputs(modules: Any, run: Callable[[], object]) -> list[Any]:
+    """Positional and keyword arguments of each call of a module during ``run()``."""
+    seen: list[Any] = []
+    handles = [
+        m.register_forward_pre_hook(lambda _, *now: seen.append(now), with_kwargs=True)
+        for m in modules
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def perplexity(model: Model, windows_BT: Tensor) -> float:
+    """Exponential of the mean loss of all tokens but the first of each window."""
+    in_float64(model)
+    losses = []
+    for window_T in windows_BT:
+        logits_TV = model(window_T[None], use_cache=False).logits[0]
+        losses.append(nn.functional.cross_entropy(logits_TV[:-1], window_T[1:]))
+    return float(torch.stack(losses).mean().exp())
