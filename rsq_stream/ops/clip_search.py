@@ -77,46 +77,60 @@ def _best_scale(  # pragma: no cover - compiled
     mirrored: bool,
     best: np.ndarray,
 ) -> None:
-    rows, columns = target.shape
     candidates = scale.shape[1]
     upright = np.empty(candidates, dtype=np.float32)
     mirror = np.empty(candidates, dtype=np.float32)
     inverse = np.empty(candidates, dtype=np.float32)
-    half = np.float32(0.5) * exponent
-    squared = exponent == np.float32(2.0)
-    for r in range(rows):
+    for r in range(target.shape[0]):
         low = -zero[r]
         high = top - zero[r]
-        limit = top + np.float32(1.0)
         for p in range(candidates):
-            upright[p] = np.float32(0.0)
-            mirror[p] = np.float32(0.0)
             inverse[p] = np.float32(1.0) / scale[r, p]
-        for c in range(columns):
-            t = target[r, c]
-            # Along the candidates, so that the compiler can use vectors.
-            for p in range(candidates):
-                x = min(max(t * inverse[p], -limit), limit)
-                x = (x + _ROUND) - _ROUND
-                e = t - scale[r, p] * min(max(x, low), high)
-                e = e * e
-                if not squared:
-                    e = e**half
-                upright[p] += e
-                if mirrored:
-                    e = t - scale[r, p] * min(max(x, -high), -low)
-                    e = e * e
-                    if not squared:
-                        e = e**half
-                    mirror[p] += e
+        _add_errors(target[r], scale[r], inverse, low, high, exponent, upright)
         choice = 0
         for p in range(1, candidates):
             if upright[p] < upright[choice]:
                 choice = p
         least = upright[choice]
         if mirrored:
+            _add_errors(target[r], scale[r], inverse, -high, -low, exponent, mirror)
             for p in range(candidates):
                 if mirror[p] < least:
                     least = mirror[p]
                     choice = -1 - p
         best[r] = choice
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _add_errors(  # pragma: no cover - compiled
+    target: np.ndarray,
+    scale: np.ndarray,
+    inverse: np.ndarray,
+    low: np.float32,
+    high: np.float32,
+    exponent: np.float32,
+    total: np.ndarray,
+) -> None:
+    """Sum a row's errors for each candidate; codes run from ``low`` to ``high``."""
+    total[:] = np.float32(0.0)
+    squared = exponent == np.float32(2.0)
+    half = np.float32(0.5) * exponent
+    for c in range(target.shape[0]):
+        t = target[c]
+        # Along the candidates and without branches, so that vectors can be used;
+        # clamping before rounding is the same, since the bounds are whole numbers.
+        if squared:
+            for p in range(total.shape[0]):
+                x = t * inverse[p]
+                x = x if x > low else low
+                x = x if x < high else high
+                e = t - scale[p] * ((x + _ROUND) - _ROUND)
+                total[p] += e * e
+        else:
+            for p in range(total.shape[0]):
+                x = t * inverse[p]
+                x = x if x > low else low
+                x = x if x < high else high
+                e = t - scale[p] * ((x + _ROUND) - _ROUND)
+                total[p] += (e * e) ** half

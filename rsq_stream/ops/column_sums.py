@@ -33,11 +33,14 @@ def column_sums(
     for start in range(0, tokens, _QUERIES):
         end = min(start + _QUERIES, tokens)
         first = 0 if window is None else max(0, start - window + 1)
-        score = query[:, :, :, start:end].float() @ key[..., first:end, :].mT
-        distance = position_T[start:end, None] - position_T[first:end]
+        scaled = query[:, :, :, start:end].float() * scaling
+        score = scaled @ key[..., first:end, :].mT
+        # Keys before the tile are seen by all its queries: mask only where need be.
+        masked = start - first if window is None else 0
+        distance = position_T[start:end, None] - position_T[first + masked : end]
         hidden = distance < 0
         if window is not None:
             hidden |= distance >= window
-        score = (score * scaling).masked_fill(hidden, float("-inf"))
+        score[..., masked:].masked_fill_(hidden, float("-inf"))
         sums_BT[:, first:end] += score.softmax(dim=-1).sum(dim=(1, 2, 3))
     return sums_BT

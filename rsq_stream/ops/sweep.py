@@ -29,7 +29,7 @@ def sweep(
     Parameters
     ----------
     target_RC
-        Weights plus the errors of all earlier blocks; overwritten.
+        Weights plus the errors of all earlier blocks.
     weight_RC
         The weights themselves.
     upper_CC
@@ -45,19 +45,19 @@ def sweep(
     """
     if target_RC.is_cuda:
         return sweep_naive(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
-    code_RC = np.empty(target_RC.shape, dtype=np.uint8)
-    error_RC = np.empty(target_RC.shape, dtype=np.float32)
+    code_CR = np.empty(target_RC.T.shape, dtype=np.uint8)
+    error_CR = np.empty(target_RC.T.shape, dtype=np.float32)
     _sweep(
-        np.ascontiguousarray(target_RC.numpy()),
-        np.ascontiguousarray(weight_RC.numpy()),
-        np.ascontiguousarray(upper_CC.numpy()),
+        target_RC.T.contiguous().numpy(),
+        weight_RC.T.contiguous().numpy(),
+        upper_CC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
-        zero_R.numpy(),
-        np.ascontiguousarray(level_RL.numpy()),
-        code_RC,
-        error_RC,
+        zero_R.contiguous().numpy(),
+        level_RL.contiguous().numpy(),
+        code_CR,
+        error_CR,
     )
-    return torch.from_numpy(code_RC), torch.from_numpy(error_RC)
+    return torch.from_numpy(code_CR).T, torch.from_numpy(error_CR).T
 
 
 def sweep_naive(
@@ -96,16 +96,22 @@ def _sweep(  # pragma: no cover - compiled
     code: np.ndarray,
     error: np.ndarray,
 ) -> None:
-    rows, columns = target.shape
+    # Columns lie in rows here: each step is a run along the rows of the linear.
+    columns, rows = target.shape
     top = np.float32(level.shape[1] - 1)
-    limit = np.float32(1024.0)
-    for r in range(rows):
-        for k in range(columns):
-            x = min(max(target[r, k] * inverse[r], -limit), limit)
-            x = (x + _ROUND) - _ROUND + zero[r]
-            q = int(min(max(x, np.float32(0.0)), top))
-            e = weight[r, k] - level[r, q]
-            code[r, k] = q
-            error[r, k] = e
-            for j in range(k + 1, columns):
-                target[r, j] += e * upper[k, j]
+    chosen = np.empty(rows, dtype=np.float32)
+    for k in range(columns):
+        for r in range(rows):
+            x = target[k, r] * inverse[r]
+            # Clamped before rounding: the same, since the bounds are whole numbers.
+            x = x if x > -zero[r] else -zero[r]
+            x = x if x < top - zero[r] else top - zero[r]
+            chosen[r] = (x + _ROUND) - _ROUND + zero[r]
+        for r in range(rows):
+            q = int(chosen[r])
+            code[k, r] = q
+            error[k, r] = weight[k, r] - level[r, q]
+        for j in range(k + 1, columns):
+            u = upper[k, j]
+            for r in range(rows):
+                target[j, r] += error[k, r] * u

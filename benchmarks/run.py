@@ -1,0 +1,167 @@
+"""Time the parts that carry a run, each as a ratio to what the machine can do.
+
+    python benchmarks/run.py [--size 4096] [--device cpu]
+
+Floors are measured in the same run: one matrix product of the same size for the
+solver, a plain product for the Hessian, a raw O_DIRECT file for the cache. Each
+part is checked before it is timed; a wrong result is not given a speed.
+"""
+
+import argparse
+import mmap
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rsq_stream.algorithm.factor import factorise
+from rsq_stream.algorithm.grid import Grid
+from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.algorithm.packing import pack, unpack
+from rsq_stream.algorithm.solver import solve
+from rsq_stream.ops.pool import Pool, single_threaded_products
+from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
+
+TILE = 128
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Give the seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def row(name: str, seconds: float, floor: str, floor_s: float) -> None:
+    """Print one line of the table."""
+    print(f"| {name} | {seconds:.3f} | {floor} | {seconds / floor_s:.2f} |", flush=True)
+
+
+def solver(size: int, device: torch.device, pool: Pool) -> None:
+    """Time Hessian, factorisation, solve and packing of a size x size linear."""
+    cuda = device.type == "cuda"
+    panel, rows = (2048, 1 << 20) if cuda else (TILE, TILE)
+    torch.manual_seed(0)
+    weight_OI = torch.randn(size, size, device=device)
+    x_TI = torch.randn(2 * size, size, device=device) * torch.rand(size, device=device)
+    weight_T = torch.rand(2 * size, device=device).bfloat16().float()
+    torch.set_num_threads(pool.workers)
+    product_s = min(timed(lambda: weight_OI @ weight_OI, device) for _ in range(3))
+    gram_s = timed(lambda: x_TI.T @ x_TI, device)
+    torch.set_num_threads(1)
+    hessian = Hessian(size, panel, device)
+    row(
+        f"Hessian, {2 * size} tokens",
+        timed(lambda: hessian.add([(x_TI, weight_T)], pool), device),
+        "X^T X",
+        gram_s,
+    )
+    grid = Grid(3, True, True, 2.0, 80, torch.bfloat16)
+    factorise(Hessian(TILE, panel, device), 0.01, TILE, pool)  # compiles
+    made = []
+    factor_s = timed(lambda: made.append(factorise(hessian, 0.01, TILE, pool)), device)
+    factor = made[0]
+    row("factorisation", factor_s, f"{size}^3 product", product_s)
+
+    def run(weight: torch.Tensor) -> None:
+        made.append(
+            solve(
+                weight,
+                factor,
+                grid,
+                TILE,
+                dynamic_scales=True,
+                tile_rows=rows,
+                pool=pool,
+            )
+        )
+
+    run(weight_OI[:TILE])  # compiles
+    solve_s = timed(lambda: run(weight_OI), device)
+    solution = made[-1]
+    if not solution.relative_error < solution.rounding_error:
+        sys.exit("the solver is no better than rounding: not timed")
+    row("solve, clip search and losses included", solve_s, "product", product_s)
+    search_s = timed(lambda: grid.search(weight_OI.reshape(-1, TILE)), device)
+    row("of it the clip search (one thread)", search_s, "product", product_s)
+    packed = []
+    pack_s = timed(lambda: packed.append(pack(solution.code_OI, 3)), device)
+    if not torch.equal(unpack(packed[0], 3, size), solution.code_OI):
+        sys.exit("unpack(pack(x)) is not x: not timed")
+    row("packing", pack_s, "product", product_s)
+
+
+def cache(folder: Path) -> None:
+    """Time the activation cache against a raw O_DIRECT file."""
+    if not has_direct_io(folder):
+        print("no direct I/O here: the cache is not timed")
+        return
+    shape = SlotShape(32, 2048, 4096, 1, torch.bfloat16)
+    x_BTD = torch.randn(shape.unit_shape(0)).bfloat16()
+    block = mmap.mmap(-1, shape.unit_bytes)
+    block.write(x_BTD.view(torch.uint8).numpy().tobytes())
+    path = folder / "raw"
+
+    def write_raw() -> None:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
+        for _ in range(shape.units):
+            os.write(descriptor, block)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def read_raw() -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        for _ in range(shape.units):
+            os.readv(descriptor, [block])
+        os.close(descriptor)
+
+    slot = Slot(folder / "slot", shape, 0, 4, direct=True)
+
+    def write_slot() -> None:
+        for unit in range(shape.units):
+            slot.write(unit, x_BTD, durable=True)
+        slot.flush(durable=True)
+
+    def read_slot() -> None:
+        for _ in slot.read(range(shape.units)):
+            pass
+
+    device = torch.device("cpu")
+    raw_write_s, raw_read_s = timed(write_raw, device), timed(read_raw, device)
+    row("cache, write and fsync", timed(write_slot, device), "raw file", raw_write_s)
+    row("cache, read and check", timed(read_slot, device), "raw file", raw_read_s)
+    slot.close()
+
+
+def main() -> None:
+    """Print what the machine is and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; nothing was measured")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+    level = torch.backends.cpu.get_cpu_capability()
+    print(f"{name}, {level}, {workers} workers, torch {torch.__version__}")
+    print(f"sizes: {options.size} x {options.size}, 3 bits, groups of {TILE}\n")
+    print("| part | seconds | floor | ratio |\n|---|---|---|---|")
+    with single_threaded_products(workers) as pool:
+        solver(options.size, device, pool)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        cache(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
