@@ -27,7 +27,8 @@ METHODS = ("rtn", "gptq", "quarot", "rsq")
 
 def run(*arguments: object) -> dict:
     """Run rsq-stream and give what it prints as JSON."""
-    command = [sys.executable, "-m", "rsq_stream.cli.main", *map(str, arguments)]
+    program = Path(sys.executable).with_name("rsq-stream")
+    command = [str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")

@@ -27,6 +27,7 @@ from rsq_stream.model.architecture import (
     block_prefix,
     read_architecture,
 )
+from rsq_stream.ops.walsh import package_version
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
 from rsq_stream.source import settle_tied
 from rsq_stream.storage.activations import SlotShape
@@ -187,7 +188,7 @@ def device_kind(device: torch.device) -> str:
         made = torch.cuda.get_device_properties(device)
         return (
             f"cuda {made.major}.{made.minor}, {made.multi_processor_count}"
-            f" multiprocessors, torch {torch_version}"
+            f" multiprocessors, torch {torch_version}, {package_version()}"
         )
     blas = "mkl" if torch.backends.mkl.is_available() else "openblas"
     numba_version = importlib.metadata.version("numba")

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsq_stream.ops.walsh import walsh_product
+
 _DENSE = 64
 """Widest factor applied as one dense product; wider powers of two are split."""
 
@@ -121,6 +123,9 @@ def hadamard_product(x_LN: Float[Tensor, "L N"], order: int) -> Float[Tensor, "L
     Kronecker factors of H: n sum(factors) steps in place of n**2.
     """
     rows, width = x_LN.shape
+    fast = walsh_product(x_LN.reshape(-1, order))
+    if fast is not None:
+        return fast.reshape(rows, width)
     after = order
     result = x_LN.reshape(-1, 1, order)
     for factor in kronecker_factors(order):
