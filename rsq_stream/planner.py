@@ -29,7 +29,6 @@ from rsq_stream.model.architecture import (
 )
 from rsq_stream.ops.walsh import package_version
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
-from rsq_stream.source import settle_tied
 from rsq_stream.storage.activations import SlotShape
 from rsq_stream.storage.shards import Checkpoint
 
@@ -86,7 +85,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
             f"{where}: is quantized already; give the full-precision checkpoint"
         )
     architecture = read_architecture(checkpoint.config, where)
-    settle_tied(checkpoint, architecture)
     expected = dict(architecture.outer_shapes())
     for block in range(architecture.blocks):
         prefix = block_prefix(block)

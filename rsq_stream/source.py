@@ -23,13 +23,6 @@ from rsq_stream.model.rotate import ModelRotation
 from rsq_stream.storage.shards import Checkpoint
 
 
-def settle_tied(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Find a tied embedding that is stored only as the head, as transformers does."""
-    stored = checkpoint.tensors
-    if architecture.tied and EMBEDDING not in stored and HEAD in stored:
-        checkpoint.alias(EMBEDDING, HEAD)
-
-
 class Source:
     """A full-precision checkpoint as one plan sees it."""
 

@@ -14,7 +14,6 @@ from rsq_stream.model.architecture import (
 )
 from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.packed_format import decode_linear, schemes_of
-from rsq_stream.source import settle_tied
 from rsq_stream.storage.shards import Checkpoint
 
 
@@ -24,7 +23,6 @@ class ModelReader:
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         where = checkpoint.files.where
         self.architecture = read_architecture(checkpoint.config, where)
-        settle_tied(checkpoint, self.architecture)
         self.config = layer_config(self.architecture.family, checkpoint.config)
         self.epsilon: float = self.config.rms_norm_eps
         self._checkpoint = checkpoint

@@ -34,6 +34,7 @@ TYPES = {
     "BOOL": torch.bool,
 }
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LARGEST_JSON_BYTES = 500_000_000
 _READ_BYTES = 1 << 26
 
@@ -68,6 +69,9 @@ class Checkpoint:
                 self.tensors[entry.name] = entry
                 digest.update(repr(entry).encode())
         self.headers_sha256 = digest.hexdigest()
+        if self.config.get("tie_word_embeddings") and _HEAD in self.tensors:
+            # Of two tied tensors, some writers keep only the one called the head.
+            self.tensors.setdefault(_EMBEDDING, self.tensors[_HEAD])
         self._data_start: dict[str, int] = {}
 
     def _entries(self, shard: str, header: bytes, data_bytes: int) -> list[TensorEntry]:
@@ -134,10 +138,6 @@ class Checkpoint:
                 f" {list(entry.shape)}, but config.json makes it {list(shape)}"
             )
         return entry
-
-    def alias(self, name: str, stored: str) -> None:
-        """Let a tensor that is stored under one name be read under another too."""
-        self.tensors[name] = self.entry(stored)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor from its shard."""
