@@ -1,0 +1,153 @@
+"""``rsq-stream eval``: perplexity of a source or quantized model, block by block."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsq_stream.errors import CalibrationError, UsageError
+from rsq_stream.events import Event, Listener, RunStarted, StageStarted, UnitsDone
+
+from .options import (
+    Against,
+    Bos,
+    Debug,
+    Device,
+    Json,
+    MaxWindows,
+    Model,
+    Quiet,
+    Sample,
+    SampleTokens,
+    Text,
+    Threads,
+    WindowLength,
+)
+from .prepare import open_checkpoint, pick_device, pick_workers, tokenizer_of
+from .progress import shown
+from .text import duration, facts, say, say_json
+
+if TYPE_CHECKING:
+    from rsq_stream.storage.shards import Checkpoint
+
+_LONGEST = 2048
+_ENDINGS = (".txt", ".jsonl", ".parquet")
+
+
+def evaluate_model(
+    model: Model,
+    *,
+    text: Text,
+    sequence_length: WindowLength = None,
+    max_windows: MaxWindows = None,
+    bos: Bos = False,
+    against: Against = None,
+    sample: Sample = None,
+    sample_tokens: SampleTokens = 32,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how well a model predicts a text, and how far it is from another."""
+    del debug
+    _require_text(text)
+    for option, value in (
+        ("--sequence-length", sequence_length),
+        ("--max-windows", max_windows),
+        ("--sample-tokens", sample_tokens),
+        ("--threads", threads),
+    ):
+        least = 2 if option == "--sequence-length" else 1
+        if value is not None and value < least:
+            raise UsageError(f"{option} must be {least} or more, not {value}")
+    place = pick_device(device)
+    checkpoint = open_checkpoint(model)
+    other = open_checkpoint(against) if against is not None else None
+
+    from rsq_stream.calibration import read_text
+    from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+    from rsq_stream.evaluation.sample import greedy_sample
+
+    length = sequence_length or min(_LONGEST, _architecture(checkpoint).longest)
+    window_BT = evaluation_windows(
+        read_text(text, 0),
+        tokenizer_of(checkpoint),
+        length,
+        bos=bos,
+        max_windows=max_windows,
+        where=text,
+    )
+    with shown(silent=quiet or as_json) as listener:
+        models = [checkpoint, other] if other else [checkpoint]
+        found = evaluate(
+            checkpoint,
+            window_BT,
+            against=other,
+            workers=pick_workers(threads, place),
+            device=place,
+            listener=_in_sequence(listener, models),
+        )
+    result: dict[str, Any] = {"model": model, "text": text, "sequence_length": length}
+    result |= dataclasses.asdict(found)
+    if sample is not None:
+        result["sample"] = greedy_sample(
+            checkpoint, sample, sample_tokens, device=place
+        )
+    if as_json:
+        say_json(result)
+    else:
+        say(facts(_rows(result, against)))
+        if sample is not None:
+            say(f"\n{result['sample']}")
+
+
+def _require_text(text: str) -> None:
+    path = Path(text)
+    if not path.is_file():
+        raise CalibrationError(f"--text {text}: no such file")
+    if path.suffix not in _ENDINGS:
+        wanted = ", ".join(_ENDINGS)
+        raise CalibrationError(f"--text {text}: must end in one of {wanted}")
+
+
+def _architecture(checkpoint: "Checkpoint") -> Any:
+    from rsq_stream.model.architecture import read_architecture
+
+    return read_architecture(checkpoint.config, checkpoint.files.where)
+
+
+def _in_sequence(listener: Listener, models: "list[Checkpoint]") -> Listener:
+    """Count the blocks of all models on: evaluation begins again with each model."""
+    listener(
+        RunStarted(
+            blocks=sum(_architecture(model).blocks for model in models),
+            first_block=0,
+            tokens=0,
+        )
+    )
+    block = -1
+
+    def listen(event: Event) -> None:
+        nonlocal block
+        block += isinstance(event, StageStarted)
+        if isinstance(event, StageStarted | UnitsDone):
+            event = dataclasses.replace(event, block=block)
+        listener(event)
+
+    return listen
+
+
+def _rows(result: dict[str, Any], against: str | None) -> dict[str, str]:
+    rows = {
+        "model": result["model"],
+        "perplexity": f"{result['perplexity']:.4f}",
+        "loss": f"{result['loss']:.5f} nats per token",
+        "text": f"{result['text']}: {result['windows']} windows of"
+        f" {result['sequence_length']} tokens",
+    }
+    if against is not None:
+        rows["against"] = f"{against}: perplexity {result['against_perplexity']:.4f}"
+        rows["KL divergence"] = f"{result['kl_divergence']:.6f} nats per token"
+    rows["time"] = duration(result["seconds"])
+    return rows

@@ -1,0 +1,129 @@
+"""``rsq-stream plan``: what a run would need and make, without making it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .job import Job
+from .options import Debug, Json, Model, Quiet
+from .prepare import Prepared, prepare
+from .text import exact_size, facts, remark, say, say_json, size
+
+
+def plan(
+    model: Model,
+    *,
+    job: Job,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a run would need and make; works without the calibration text."""
+    del debug
+    made = prepare(model, job, read_calibration=False)
+    show(made, as_json=as_json)
+    if not quiet:
+        warn_about_disk(made)
+
+
+def show(made: Prepared, *, as_json: bool) -> None:
+    """Write a plan to stdout, as a table or as one JSON object."""
+    if as_json:
+        say_json(as_object(made))
+    else:
+        say(facts(rows(made)))
+
+
+def as_object(made: Prepared) -> dict[str, Any]:
+    """Give both halves of the plan as JSON takes them."""
+    return {
+        "plan": dataclasses.asdict(made.plan),
+        "execution": dataclasses.asdict(made.execution),
+        "plan_sha256": made.plan.sha256,
+    }
+
+
+def rows(made: Prepared) -> dict[str, str]:
+    """Give the table: what is made, with what, in which room."""
+    plan, execution, options = made.plan, made.execution, made.options
+    group = "one scale a row" if plan.group_size == -1 else f"{plan.group_size}"
+    if execution.fallbacks and plan.group_size != -1:
+        group += f"; one scale a row for {', '.join(execution.fallbacks)}"
+    grid = "symmetric" if plan.symmetric else "asymmetric"
+    if plan.signed_scales:
+        grid += ", signed scales"
+    rotation = plan.residual_rotation
+    if rotation != "none":
+        rotation = f"{rotation} (residual), {plan.value_rotation} (value heads)"
+    found = {
+        "method": plan.method,
+        "codes": f"{plan.bits} bits, {grid}",
+        "group size": group,
+        "rotation": rotation,
+    }
+    if plan.needs_calibration:
+        copies = f", {plan.expand} rolled copies each" if plan.expand > 1 else ""
+        found["calibration"] = (
+            f"{plan.calibration}: {plan.samples} windows of {plan.sequence_length}"
+            f" tokens{copies}"
+        )
+        found["token importance"] = plan.importance
+        if plan.importance == "attncon":
+            low, high = plan.importance_min, plan.importance_max
+            found["token importance"] += f", {low:.4g} to {high:.4g}"
+    found |= {
+        "blocks": str(made.blocks),
+        "source": exact_size(execution.source_bytes),
+        "output shards": exact_size(execution.output_bytes),
+        "bits per weight": f"{execution.bits_per_weight:.3f} over the whole model",
+        "device": f"{options.device}, {options.workers} threads,"
+        f" {execution.in_flight} units in flight",
+        "host memory": size(execution.working_bytes + _resident_bytes(made)),
+        "scratch on disk": size(execution.scratch_bytes),
+        "written in all": size(execution.written_bytes),
+        "free on disk": size(_free_bytes(options.output)),
+        "output folder": str(options.output),
+        "work folder": str(options.work_dir),
+        "plan": plan.sha256[:16],
+    }
+    return found
+
+
+def warn_about_disk(made: Prepared) -> None:
+    """Warn if output and scratch cannot both fit where they go."""
+    options, execution = made.options, made.execution
+    if options.work_dir.exists():
+        return  # some of the bytes are there already
+    needs = [(options.output, execution.output_bytes)]
+    needs.append((options.work_dir, execution.scratch_bytes))
+    by_disk: dict[int, int] = {}
+    for folder, needed in needs:
+        disk = _existing(folder).stat().st_dev
+        by_disk[disk] = by_disk.get(disk, 0) + needed
+        free = _free_bytes(folder)
+        if by_disk[disk] > free:
+            remark(
+                "warning",
+                f"{folder}: {size(by_disk[disk])} will be needed on this disk,"
+                f" {size(free)} are free",
+            )
+
+
+def _resident_bytes(made: Prepared) -> int:
+    execution, units = made.execution, made.plan.units
+    if not execution.slots or not units:
+        return 0
+    # Rounded up: the last unit may be smaller than the others.
+    return execution.slots * execution.slot_bytes * execution.resident_units // units
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

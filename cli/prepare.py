@@ -1,0 +1,191 @@
+"""From options to a checked checkpoint, a plan, and how it runs on this machine.
+
+Whatever can be refused is refused here or by what this calls, before the first
+block; torch is imported inside the functions, so that ``--help`` stays light.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
+from rsq_stream.errors import UsageError
+
+from .job import Job
+from .text import parse_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rsq_stream.calibration import Windows
+    from rsq_stream.planner import Settings
+    from rsq_stream.storage.shards import Checkpoint
+
+ROTATIONS = ("portable", "none")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run is made of."""
+
+    checkpoint: "Checkpoint"
+    plan: QuantizationPlan
+    execution: ExecutionPlan
+    options: RunOptions
+    windows: "Windows | None"
+    blocks: int
+
+
+def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
+    """Open the model, check every option, and plan; nothing is written.
+
+    Without ``read_calibration`` the plan lacks the hash of the windows, and
+    nothing is asked of the network but the model.
+    """
+    ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
+    settings = settings_of(job)
+    device = pick_device(job.device)
+    options = run_options(model, job, device, ram_bytes)
+
+    import torch
+
+    from rsq_stream.planner import inspect_checkpoint, make_plan, plan_execution
+
+    checkpoint = open_checkpoint(model, job.revision)
+    architecture = inspect_checkpoint(checkpoint)
+    place = torch.device(device)
+    # A first time without the text: a bad option must not wait for it.
+    plan = make_plan(checkpoint, architecture, settings, None, place)
+    execution = plan_execution(checkpoint, architecture, plan, options)
+    windows = None
+    if read_calibration and plan.needs_calibration:
+        windows = calibration_windows(job, plan, checkpoint)
+        plan = make_plan(checkpoint, architecture, settings, windows, place)
+    return Prepared(checkpoint, plan, execution, options, windows, architecture.blocks)
+
+
+def settings_of(job: Job) -> "Settings":
+    """Take from the options what decides the output's bytes.
+
+    Raises
+    ------
+    UsageError
+        Options that exclude each other, or a value that no plan would show.
+    """
+    if job.rotation is not None and job.rotation not in ROTATIONS:
+        wanted = " or ".join(ROTATIONS)
+        raise UsageError(f"--rotation must be {wanted}, not {job.rotation}")
+    if job.sequence_length is not None and job.sequence_length < 2:
+        raise UsageError(
+            f"--sequence-length must be 2 or more, not {job.sequence_length}"
+        )
+    if job.signed_scales and not job.symmetric:
+        raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
+    if job.importance_tokens is not None and job.importance != "first-n":
+        raise UsageError("--importance-tokens needs --importance first-n")
+
+    from rsq_stream.calibration import DATA_SETS
+    from rsq_stream.planner import Settings
+
+    given = {
+        field.name: getattr(job, field.name)
+        for field in dataclasses.fields(Settings)
+        if hasattr(job, field.name)
+    }
+    if job.signed_scales is None:
+        given["signed_scales"] = job.symmetric
+    if job.calibration not in DATA_SETS:
+        given["calibration"] = "file"  # its windows are hashed; its path is not
+    return Settings(**given)
+
+
+def run_options(model: str, job: Job, device: str, ram_bytes: int | None) -> RunOptions:
+    """Take from the options what may change on resume."""
+    name = Path(model).resolve().name
+    output = job.output or Path(f"{name}-{job.method}-{job.bits}bit")
+    work_dir = job.work_dir or output.with_name(output.name + ".work")
+    return RunOptions(
+        output=output,
+        work_dir=work_dir,
+        device=device,
+        ram_bytes=ram_bytes,
+        workers=pick_workers(job.threads, device),
+        units_in_flight=job.batch,
+        restart=job.restart,
+        keep_work=job.keep_work,
+    )
+
+
+def calibration_windows(
+    job: Job, plan: QuantizationPlan, checkpoint: "Checkpoint"
+) -> "Windows":
+    """Read the calibration text and take the plan's windows of it."""
+    from rsq_stream.calibration import Windows, choose_windows, read_text
+
+    text = read_text(job.calibration, plan.seed)
+    window_BT = choose_windows(
+        text,
+        tokenizer_of(checkpoint),
+        plan.samples,
+        plan.sequence_length,
+        plan.seed,
+        job.calibration,
+    )
+    return Windows(window_BT, plan.expand)
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> "Checkpoint":
+    """Open a folder or hub id by its headers."""
+    from rsq_stream.storage.files import open_files
+    from rsq_stream.storage.shards import Checkpoint
+
+    return Checkpoint(open_files(model, revision))
+
+
+def tokenizer_of(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
+    """Load a checkpoint's tokenizer; of a hub id, its small files are fetched."""
+    from rsq_stream.calibration import load_tokenizer
+    from rsq_stream.storage.files import SIDE_FILES
+
+    for name in SIDE_FILES:
+        checkpoint.files.exists(name)  # of a hub id, this fetches the file
+    return load_tokenizer(checkpoint.files.path("config.json").parent)
+
+
+def pick_device(wanted: str | None) -> str:
+    """Give the device: as asked and checked, else CUDA where there is one.
+
+    Raises
+    ------
+    UsageError
+        No device of that name is here.
+    """
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    known = ["cpu"]
+    if torch.cuda.is_available():
+        known += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if wanted not in known:
+        raise UsageError(
+            f"--device must be one of {', '.join(known)} on this machine, not {wanted}"
+        )
+    return wanted
+
+
+def pick_workers(wanted: int | None, device: str) -> int:
+    """Give the threads: as asked, else one with a GPU, else the cores there are."""
+    if wanted is not None:
+        return wanted
+    return 1 if device.startswith("cuda") else cores()
+
+
+def cores() -> int:
+    """Count the physical cores, no more than this process may use."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

@@ -1,0 +1,90 @@
+"""``rsq-stream quantize``: the main job, resumable."""
+
+import dataclasses
+import statistics
+from typing import TYPE_CHECKING
+
+from .findings import notices_of, warnings_of
+from .job import Job
+from .options import Debug, DryRun, Json, Model, Quiet
+from .plan import as_object, show, warn_about_disk
+from .prepare import Prepared, prepare
+from .progress import shown
+from .stopping import StopRequest
+from .text import duration, exact_size, facts, remark, say, say_json
+
+if TYPE_CHECKING:
+    from rsq_stream.pipeline import RunSummary
+
+
+def quantize(
+    model: Model,
+    *,
+    job: Job,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model; the same command goes on where a run stopped."""
+    del debug
+    made = prepare(model, job, read_calibration=True)
+    warn_about_disk(made)
+    if dry_run:
+        show(made, as_json=as_json)
+        return
+
+    from rsq_stream.pipeline import quantize as run
+
+    with StopRequest() as stop, shown(silent=quiet or as_json) as listener:
+        summary = run(
+            made.checkpoint,
+            made.plan,
+            made.execution,
+            made.options,
+            made.windows,
+            listener=listener,
+            stop=stop.event,
+        )
+    _report(model, made, summary, as_json=as_json, quiet=quiet)
+
+
+def _report(
+    model: str, made: Prepared, summary: "RunSummary", *, as_json: bool, quiet: bool
+) -> None:
+    """Say what was made, what stands out in it, and what to do next."""
+    warnings = warnings_of(summary.records)
+    notices = notices_of(made.plan, summary.records)
+    for text in warnings:
+        remark("warning", text)
+    if as_json:
+        found = as_object(made) | {
+            "output": str(summary.output),
+            "output_bytes": summary.output_bytes,
+            "bits_per_weight": made.execution.bits_per_weight,
+            "seconds": summary.seconds,
+            "resumed_at": summary.resumed_at,
+            "warnings": warnings,
+            "notices": notices,
+            "linears": [dataclasses.asdict(record) for record in summary.records],
+        }
+        say_json(found)
+        return
+    if quiet:
+        return
+    for text in notices:
+        remark("notice", text)
+    errors = [record.relative_error for record in summary.records]
+    worst = max(summary.records, key=lambda record: record.relative_error)
+    loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
+    rows = {
+        "output": str(summary.output),
+        "size": exact_size(summary.output_bytes),
+        "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
+        "relative error": f"median {statistics.median(errors):.4f},"
+        f" worst {worst.relative_error:.4f} ({worst.name})",
+        "time": duration(summary.seconds),
+        "load it": f"{loader}  # transformers, compressed-tensors",
+        "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
+    }
+    say(facts(rows))

@@ -1,0 +1,107 @@
+"""``rsq-stream status``: where a run stands, also while it goes on."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rsq_stream.errors import ScratchError
+from rsq_stream.storage.journal import NAME, Journal
+
+from .options import Debug, Json, Quiet, WorkDir
+from .text import duration, facts, say, say_json, table
+
+_FIELDS = ("method", "bits", "group_size", "residual_rotation", "calibration")
+_WORST = 5
+
+
+def status(
+    work_dir: WorkDir,
+    *,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show where a run stands, from its journal; never disturbs it."""
+    del quiet, debug
+    found = read_status(work_dir)
+    if as_json:
+        say_json(found)
+        return
+    done = f"{found['blocks_done']}"
+    if found["blocks"] is not None:
+        done += f" of {found['blocks']}"
+    rows = {
+        "state": _state(found["process"]),
+        "blocks done": done,
+        "plan": ", ".join(f"{name} {found['plan'].get(name)}" for name in _FIELDS),
+    }
+    if found["seconds_per_block"] is not None:
+        rows["time per block"] = f"{found['seconds_per_block']:.1f} s"
+        if found["blocks"] is not None:
+            left = (found["blocks"] - found["blocks_done"]) * found["seconds_per_block"]
+            rows["still to go"] = duration(left)
+    say(facts(rows))
+    if found["worst_linears"]:
+        lines = [
+            (made["name"], f"{made['relative_error']:.4f}")
+            for made in found["worst_linears"]
+        ]
+        say("\n" + table(("worst linears", "relative error"), lines))
+
+
+def read_status(work_dir: Path) -> dict[str, Any]:
+    """Read the journal without writing to it.
+
+    Raises
+    ------
+    ScratchError
+        The folder holds no journal, or one that cannot be read.
+    """
+    path = work_dir / NAME
+    if not path.is_file():
+        raise ScratchError(
+            f"{work_dir}: no run here ({NAME} is missing); give the --work-dir of an"
+            " unfinished run, a finished one has removed it"
+        )
+    with Journal(path, read_only=True) as journal:
+        plan = json.loads(journal.get("plan") or "{}")
+        last = journal.last_block()
+        total = journal.get("blocks")
+        seconds = journal.block_seconds()
+        linears = list(journal.linears().values())
+    done = last[0] + 1 if last else 0
+    timed = seconds[-done:] if done else []  # the first row is no block: embeddings
+    linears.sort(key=lambda made: float(made["relative_error"]), reverse=True)
+    return {
+        "work_dir": str(work_dir),
+        "process": running_process(work_dir),
+        "blocks_done": done,
+        "blocks": int(total) if total else None,
+        "seconds_per_block": statistics.mean(timed) if timed else None,
+        "worst_linears": linears[:_WORST],
+        "plan": plan,
+    }
+
+
+def running_process(work_dir: Path) -> int | None:
+    """Give the process that works in the folder, None where none does.
+
+    The lock file names it; a number that was given to another process since then
+    belongs to one younger than the file.
+    """
+    import psutil
+
+    lock = work_dir / "lock"
+    try:
+        process = int(lock.read_text())
+        began = psutil.Process(process).create_time()
+        return process if began <= lock.stat().st_mtime + 1 else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+def _state(process: int | None) -> str:
+    if process is None:
+        return "stopped; the same quantize command goes on"
+    return f"running, process {process}"

@@ -1,0 +1,226 @@
+"""One tile by the loop and by the library, and the whole factor from its tiles."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsq_stream.algorithm.factor import Factor, factorise
+from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.errors import NumericalError
+from rsq_stream.ops.cholesky import factor_tile, factor_tile_naive
+from rsq_stream.ops.pool import single_threaded_products
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_size = pytest.mark.parametrize("size", [1, 2, 63, 128, 137])
+each_twin = pytest.mark.parametrize("twin", [factor_tile, factor_tile_naive])
+Twin = Callable[[Tensor], int]
+
+
+def positive(size: int, decades: float = 2.0) -> Tensor:
+    """A positive definite matrix in float64, rounded to what fp32 holds."""
+    generator = torch.Generator().manual_seed(size)
+    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q_CC = torch.linalg.qr(gaussian).Q
+    scaled_CC = q_CC * torch.logspace(0, -decades, size, dtype=torch.float64)
+    matrix_CC: Tensor = (scaled_CC @ q_CC.T).float().double()
+    return matrix_CC.triu() + matrix_CC.triu(1).T
+
+
+def off(root_CC: Tensor, matrix_CC: Tensor) -> float:
+    """How far R R^T is from A, relative to A."""
+    upper_CC = root_CC.cpu().double().triu()
+    return float((upper_CC @ upper_CC.T - matrix_CC).norm() / matrix_CC.norm())
+
+
+@each_device
+@each_size
+@pytest.mark.parametrize("decades", [0, 2, 5])
+def test_tile_keeps_to_the_budget_of_the_library(decades, size, device):
+    matrix_CC = positive(size, decades)
+    naive_CC, found_CC = matrix_CC.float(), matrix_CC.float().to(device)
+    assert factor_tile_naive(naive_CC) == -1
+    assert factor_tile(found_CC) == -1
+    assert bool((found_CC.diagonal() > 0).all())
+    assert off(found_CC, matrix_CC) <= 2 * off(naive_CC, matrix_CC) + 1e-7
+
+
+@each_device
+@each_twin
+@each_size
+def test_tile_reads_and_writes_the_upper_triangle_only(size, twin, device):
+    matrix_CC = positive(size).float().to(device)
+    poison_CC = torch.full_like(matrix_CC, torch.nan).tril(-1)
+    clean_CC, poisoned_CC = matrix_CC.clone(), matrix_CC.triu() + poison_CC
+    assert twin(clean_CC) == twin(poisoned_CC) == -1
+    assert torch.equal(poisoned_CC.triu(), clean_CC.triu())
+    assert torch.equal(clean_CC.tril(-1), matrix_CC.tril(-1))
+    below = torch.ones_like(matrix_CC).tril(-1).bool()
+    assert bool(poisoned_CC[below].isnan().all())
+
+
+@each_device
+@each_twin
+@pytest.mark.parametrize("size", [1, 63, 137])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_tile_names_the_first_bad_pivot_from_below(value, size, twin, device):
+    for index in {0, size // 2, size - 1}:
+        matrix_CC = torch.eye(size, device=device)
+        matrix_CC[index, index] = value
+        matrix_CC[0, 0] = value  # the last that is reached
+        assert twin(matrix_CC) == index
+
+
+@each_device
+@each_twin
+def test_tile_may_be_a_view(twin, device):
+    wide_II = torch.full((137, 137), torch.nan, device=device)
+    wide_II[20:83, 30:93] = positive(63).float().to(device)
+    alone_CC = wide_II[20:83, 30:93].clone()
+    assert twin(alone_CC) == twin(wide_II[20:83, 30:93]) == -1
+    assert torch.equal(wide_II[20:83, 30:93], alone_CC)
+    assert int(wide_II.isnan().sum()) == 137**2 - 63**2
+
+
+def factor_of(
+    matrix_II: Tensor, *, tile: int, damping: float = 0.01, device: str = "cpu"
+) -> Factor:
+    """Factor a copy; below its tiles a Hessian holds nothing yet: poison."""
+    inputs = len(matrix_II)
+    hessian = Hessian(inputs, 32, torch.device(device))
+    hessian.matrix_II.copy_(matrix_II.triu())
+    for start in range(0, inputs, tile):
+        hessian.matrix_II[start + tile :, start : start + tile] = torch.nan
+    with single_threaded_products(2) as pool:
+        return factorise(hessian, damping, tile, pool)
+
+
+def upper_of(factor: Factor) -> Tensor:
+    unit_II = factor.matrix_II.cpu().double().triu(1)
+    return unit_II + torch.eye(len(unit_II), dtype=torch.float64)
+
+
+@each_device
+@each_size
+@pytest.mark.parametrize("tile", [7, 32, 63, 128, 172])
+def test_factor_keeps_to_the_budget_of_the_library(tile, size, device):
+    matrix_II = positive(size, decades=4)
+    factor = factor_of(matrix_II, tile=tile, device=device)
+    mean = matrix_II.diagonal().mean()
+    damped_II = matrix_II + 0.01 * mean * torch.eye(size)
+    naive_II = damped_II.float()
+    assert factor_tile_naive(naive_II) == -1
+    root_II = upper_of(factor) * factor.scale_I.cpu().double().sqrt()
+    assert off(root_II, damped_II) <= 2 * off(naive_II, damped_II) + 1e-7
+    assert bool((factor.scale_I > 0).all())
+    assert (factor.damping, factor.attempts, factor.dead_inputs) == (0.01, 1, 0)
+    unit_I = factor.matrix_II.diagonal().cpu()
+    torch.testing.assert_close(unit_I, torch.ones(size), rtol=2e-7, atol=0)
+
+
+@each_device
+@pytest.mark.parametrize("size", [63, 137])
+@pytest.mark.parametrize("tile", [7, 32, 63, 172])
+def test_factor_keeps_the_hessian_beside_it(tile, size, device):
+    matrix_II = positive(size).float()
+    factor = factor_of(matrix_II, tile=tile, device=device)
+    found_II = factor.matrix_II.cpu()
+    starts = range(0, size, tile)
+    assert len(factor.tiles) == len(starts)
+    for start, tile_CC in zip(starts, factor.tiles, strict=True):
+        rows = slice(start, start + tile)
+        assert torch.equal(tile_CC.cpu(), matrix_II[rows, rows])
+        assert torch.equal(found_II[rows, :start], matrix_II[rows, :start])
+
+
+def few_tokens(size: int) -> Tensor:
+    """A Hessian of fewer tokens than inputs: fp32 alone decides which pivot fails."""
+    generator = torch.Generator().manual_seed(size)
+    x_TI = torch.randn(size // 3, size, generator=generator) + 0.5
+    return x_TI.T @ x_TI
+
+
+def same_factor(first: Factor, second: Factor, tile: int) -> bool:
+    """Whether all that is read of two factors is equal, bit for bit."""
+    size = len(first.scale_I)
+    index = torch.arange(size)
+    below = index[:, None] // tile > index // tile
+    read = below | torch.ones(size, size).triu().bool()
+    return all(
+        torch.equal(a.cpu(), b.cpu())
+        for a, b in [
+            (first.matrix_II.cpu()[read], second.matrix_II.cpu()[read]),
+            (first.scale_I, second.scale_I),
+            *zip(first.tiles, second.tiles, strict=True),
+        ]
+    )
+
+
+@each_device
+@pytest.mark.parametrize("size", [63, 137, 172])
+@pytest.mark.parametrize("tile", [32, 63])
+def test_damping_grows_from_the_hessian_that_was_given(tile, size, device):
+    matrix_II = few_tokens(size)
+    grown = factor_of(matrix_II, tile=tile, damping=1e-12, device=device)
+    assert grown.attempts > 1
+    expected = 1e-12
+    for _ in range(grown.attempts - 1):
+        expected *= 10
+    assert grown.damping == expected
+    direct = factor_of(matrix_II, tile=tile, damping=grown.damping, device=device)
+    assert direct.attempts == 1
+    assert same_factor(grown, direct, tile)
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_damping_grows_whichever_tile_fails(failing, monkeypatch):
+    matrix_II, calls = positive(137).float(), []
+
+    def fail_once(tile_CC: Tensor) -> int:
+        calls.append(tile_CC)
+        if len(calls) == failing:
+            tile_CC.fill_(torch.nan)
+            return 0
+        return factor_tile(tile_CC)
+
+    direct = factor_of(matrix_II, tile=32, damping=0.1)
+    monkeypatch.setattr("rsq_stream.algorithm.factor.factor_tile", fail_once)
+    grown = factor_of(matrix_II, tile=32)
+    assert (grown.attempts, grown.damping) == (2, 0.1)
+    assert len(calls) == failing + 5
+    assert same_factor(grown, direct, 32)
+
+
+@each_device
+@pytest.mark.parametrize("size", [1, 63, 137])
+def test_hessian_of_zeros_becomes_the_identity(size, device):
+    factor = factor_of(torch.zeros(size, size), tile=32, device=device)
+    assert torch.equal(upper_of(factor), torch.eye(size, dtype=torch.float64))
+    assert torch.equal(factor.scale_I.cpu(), torch.ones(size))
+    assert (factor.dead_inputs, factor.attempts) == (size, 1)
+
+
+@each_device
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("index", [0, 62, 136])
+def test_bad_values_on_the_diagonal_are_named(index, bad, device):
+    matrix_II = positive(137).float()
+    matrix_II[index, index] = bad
+    with pytest.raises(NumericalError, match="holds NaN or infinity on its diagonal"):
+        factor_of(matrix_II, tile=32, device=device)
+
+
+@each_device
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e9])
+@pytest.mark.parametrize("place", [(0, 1), (0, 136), (31, 32), (100, 101)])
+def test_bad_values_beside_the_diagonal_are_refused(place, bad, device):
+    matrix_II = positive(137).float()
+    matrix_II[place] = bad
+    with pytest.raises(NumericalError) as caught:
+        factor_of(matrix_II, tile=32, device=device)
+    assert str(caught.value) == (
+        "the Hessian is not positive definite even with 100000 times its mean diagonal"
+        " added; the activations hold values that cannot be right"
+    )

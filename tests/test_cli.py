@@ -1,0 +1,486 @@
+"""The command line: its surface, its output, and what Ctrl-C leaves behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from rsq_stream.cli import demo as demo_command
+from rsq_stream.cli import doctor as doctor_command
+from rsq_stream.cli.findings import far_above_peers, notices_of, warnings_of
+from rsq_stream.cli.job import Job
+from rsq_stream.cli.main import COMMANDS, bounded, explained, main, make_app
+from rsq_stream.cli.prepare import prepare, settings_of
+from rsq_stream.cli.progress import Lines, LiveLine
+from rsq_stream.cli.text import duration, parse_size, size
+
+from rsq_stream import __version__
+from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
+from rsq_stream.errors import Interrupted, UsageError
+from rsq_stream.events import (
+    BlockFinished,
+    LinearRecord,
+    Notice,
+    RunStarted,
+    StageStarted,
+    UnitsDone,
+)
+from rsq_stream.planner import Settings
+
+HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
+LAUNCH = "from rsq_stream.cli.main import main; main()"
+JOB_FLAGS = """
+    --asymmetric --batch --bits --calibration --damping --device --expand
+    --group-scales --group-size --importance --importance-max --importance-min
+    --importance-tokens --keep-work --method --output --ram --restart --revision
+    --rotation --samples --seed --sequence-length --signed-scales --symmetric
+    --threads --unsigned-scales --work-dir
+"""
+FLAGS = {
+    "quantize": JOB_FLAGS + "--dry-run",
+    "plan": JOB_FLAGS,
+    "status": "",
+    "inspect": "--all",
+    "eval": """
+        --against --bos --device --max-windows --no-bos --sample --sample-tokens
+        --sequence-length --text --threads
+    """,
+    "demo": "--bits --output --samples",
+    "doctor": "--work-dir",
+}
+EVERYWHERE = "--debug --json --quiet"
+SMALL = (
+    *("--calibration", str(CALIBRATION), "--device", "cpu"),
+    *("--samples", "8", "--sequence-length", "64"),
+)
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = stopped.value.code
+        return code if isinstance(code, int) else 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished output, by rounding."""
+    output = tmp_path_factory.mktemp("quantized") / "out"
+    with pytest.raises(SystemExit):
+        main(["quantize", str(MODEL), "--method", "rtn", "--output", str(output)])
+    assert (output / "rsq_stream.json").is_file()
+    return output
+
+
+def record(name: str, error: float, **changed: Any) -> LinearRecord:
+    fields: dict[str, Any] = {
+        "block": 0,
+        "bits": 4,
+        "group_size": 128,
+        "rounding_error": 1.0,
+        "kept_rounding": False,
+        "damping": 0.01,
+        "damping_attempts": 1,
+        "dead_inputs": 0,
+    }
+    return LinearRecord(name=name, relative_error=error, **(fields | changed))
+
+
+def test_flags_are_these() -> None:
+    app = typer.main.get_command(make_app(debug=False))
+    found = {
+        name: {
+            flag
+            for parameter in command.params
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+            if flag.startswith("--") and flag != "--help"
+        }
+        for name, command in app.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == {
+        name: {*flags.split(), *EVERYWHERE.split()} for name, flags in FLAGS.items()
+    }
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from rsq_stream.cli.main import COMMANDS, main\n"
+        "for name in (None, *COMMANDS):\n"
+        "    try:\n"
+        "        main([name, '--help'] if name else ['--help'])\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == 0, name\n"
+        f"sys.exit(str([n for n in {HEAVY} if n in sys.modules] or '') or 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_help_is_quick() -> None:
+    # The best of three: the machine may have other work.
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        command = [sys.executable, "-P", "-c", LAUNCH, "--help"]
+        subprocess.run(command, capture_output=True, check=True)
+        took.append(time.monotonic() - began)
+    assert min(took) < 1.5
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"rsq-stream {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [(["quantise"], "quantize"), (["plan", "x", "--bit"], "--bits")]
+)
+def test_typos_are_usage_errors(run: Run, typo: list[str], meant: str) -> None:
+    code, out, err = run(*typo)
+    assert (code, out) == (2, "")
+    assert meant in err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("2g", 2 * 2**30),
+        ("500MB", 500_000_000),
+        ("1.5 kib", 1536),
+        ("4096", 4096),
+    ],
+)
+def test_sizes(text: str, wanted: int) -> None:
+    assert parse_size("--ram", text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "0", "8GiBs", "1e9", "GiB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="--ram must be a size such as 8GiB"):
+        parse_size("--ram", text)
+
+
+def test_sizes_and_times_read_well() -> None:
+    assert [size(n) for n in (7, 2**20, 3 * 2**29)] == [
+        "7 bytes",
+        "1.0 MiB",
+        "1.50 GiB",
+    ]
+    assert [duration(s) for s in (12.0, 300.0, 12000.0)] == ["12 s", "5 m", "3 h 20 m"]
+
+
+def test_defaults_are_those_of_the_planner() -> None:
+    assert settings_of(Job()) == Settings()
+
+
+def test_a_file_leaves_no_path_in_the_plan() -> None:
+    assert settings_of(Job(calibration="/some/where.txt")).calibration == "file"
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Job(rotation="full"), "--rotation must be portable or none, not full"),
+        (Job(sequence_length=0), "--sequence-length must be 2 or more, not 0"),
+        (Job(symmetric=False, signed_scales=True), "--signed-scales needs --symmetric"),
+        (Job(importance_tokens=9), "--importance-tokens needs --importance first-n"),
+    ],
+)
+def test_options_that_make_no_sense(job: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings_of(job)
+
+
+def test_a_linear_far_above_its_kind_is_named() -> None:
+    usual = [record(f"model.layers.{n}.self_attn.q_proj", 0.01) for n in range(4)]
+    far = record("model.layers.4.self_attn.q_proj", 0.0501)
+    # Of another kind: its own median, so nothing stands out.
+    other = [record(f"model.layers.{n}.mlp.down_proj", 0.5) for n in range(3)]
+    assert far_above_peers([*usual, far, *other]) == [(far, 0.01)]
+    assert far_above_peers([*usual, record("q_proj", 0.05)]) == []
+    assert far_above_peers([]) == []
+    assert warnings_of([*usual, *other]) == []
+    [line] = warnings_of([*usual, far])
+    assert "model.layers.4.self_attn.q_proj 0.0501 (median 0.0100)" in line
+    assert line.startswith("1 of 5 linears")
+
+
+def test_notices_count_what_the_solver_had_to_do() -> None:
+    records = [
+        record("a.q_proj", 0.1, kept_rounding=True),
+        record("b.q_proj", 0.1, damping_attempts=2),
+    ]
+    job = Job(symmetric=False, device="cpu")
+    plan = prepare(str(MODEL), job, read_calibration=False).plan
+    lines = notices_of(plan, records)
+    assert lines[0].startswith("1 of 2 linears kept their rounded codes")
+    assert lines[1].startswith("1 of 2 linears needed more damping than 0.01")
+    assert "dequantize=True" in lines[2]
+
+
+def test_one_plain_line_per_block(capsys: pytest.CaptureFixture[str]) -> None:
+    show = Lines()
+    records = (record("a.q_proj", 0.01), record("a.down_proj", 0.0412))
+    for event in (
+        RunStarted(blocks=3, first_block=1, tokens=64),
+        Notice(text="a\nb"),
+        StageStarted(block=1, stage="mlp in", units=2),
+        UnitsDone(block=1, stage="mlp in", units=2, tokens=64),
+        BlockFinished(block=1, seconds=12.4, records=records),
+        BlockFinished(block=2, seconds=1.0, records=records),
+    ):
+        show(event)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "notice: going on after block 1 of 3",
+        "notice: a b",
+        "block 2/3  12.4 s  worst down_proj 0.0412  ETA 0 s",
+        "block 3/3  1.0 s  worst down_proj 0.0412",
+    ]
+
+
+def test_the_live_line_takes_every_event() -> None:
+    show = LiveLine()
+    try:
+        show(RunStarted(blocks=2, first_block=1, tokens=64))
+        show(Notice(text="[red]not markup"))
+        show(StageStarted(block=1, stage="mlp in", units=2))
+        show(UnitsDone(block=1, stage="mlp in", units=1, tokens=64))
+        show(BlockFinished(block=1, seconds=1.0, records=(record("q_proj", 0.1),)))
+    finally:
+        show.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("--bits must be\n2 to 8"), 1, "error: --bits must be 2 to 8"),
+        (Interrupted("stopped; the same command goes on"), 130, "stopped; the same"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
+        (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh; run again with"),
+    ],
+)
+def test_every_error_is_one_line(error: BaseException, code: int, line: str) -> None:
+    text, found = explained(error)
+    assert found == code
+    assert text.startswith(line)
+    assert "\n" not in text
+
+
+def test_debug_shows_the_error_itself(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError):
+        main(["--debug", "plan", str(MODEL), "--bits", "9"])
+    with pytest.raises(UsageError):
+        main(["plan", str(MODEL), "--bits", "9", "--debug"])
+
+    def broken() -> None:
+        raise ZeroDivisionError("oh")
+
+    with pytest.raises(ZeroDivisionError):
+        bounded(broken, debug=True)()
+    with pytest.raises(typer.Exit):
+        bounded(broken, debug=False)()
+
+
+def test_dry_run_shows_the_plan_and_makes_nothing(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    code, out, err = run("quantize", MODEL, *SMALL, "--output", output, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "bits per weight" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_needs_no_calibration_text(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("plan", MODEL, "--output", tmp_path / "out", "--json")
+    made = json.loads(out)
+    assert code == 0
+    assert set(made) == {"plan", "execution", "plan_sha256"}
+    assert made["plan"]["calibration"] == "wikitext2"
+    assert made["plan"]["windows_sha256"] == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_names_fallbacks_and_rotation(run: Run, tmp_path: Path) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    _, out, _ = run("plan", MODEL, "--output", tmp_path / "out", "--group-size", "-1")
+    assert f"hadamard-{config['hidden_size']}" in out
+    assert "one scale a row" in out
+
+
+def test_quantize_reports_what_it_made(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("quantize", MODEL, *SMALL, "--bits", "3", "--asymmetric")
+    code, out, err = run(*arguments, "--output", output)
+    assert code == 0
+    assert err.count("\nblock ") + err.startswith("block ") == 4
+    assert "notice: transformers loads asymmetric codes only with" in err
+    assert f"rsq-stream eval {output}" in out
+    assert "median" in out
+    assert not output.with_name("out.work").exists()
+
+
+def test_quantize_json_is_one_object(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    code, out, err = run(
+        "quantize", MODEL, "--method", "rtn", "--output", output, "--json"
+    )
+    made = json.loads(out)
+    assert code == 0
+    assert "block " not in err
+    assert made["output"] == str(output)
+    files = [file.stat().st_size for file in output.iterdir()]
+    seal = (output / "rsq_stream.sha256").stat().st_size
+    assert made["output_bytes"] == sum(files) - seal
+    assert len(made["linears"]) == 28
+
+
+def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(
+        "quantize", MODEL, "--method", "rtn", "--output", tmp_path / "out", "--quiet"
+    )
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert (code, out, lines) == (0, "", [])
+
+
+def test_inspect(run: Run, quantized: Path) -> None:
+    code, out, err = run("inspect", quantized)
+    assert (code, err) == (0, "")
+    assert "linear (the worst)" in out
+    assert out.count("_proj") == 10
+    assert run("inspect", quantized, "--all")[1].count("_proj") == 28
+    made = json.loads(run("inspect", quantized, "--json")[1])
+    assert len(made["linears"]) == 28
+
+
+def test_eval_of_a_source_and_of_an_output(run: Run, quantized: Path) -> None:
+    code, out, err = run(
+        *("eval", quantized, "--text", HELD_OUT, "--against", MODEL, "--json"),
+        *("--sequence-length", "64", "--max-windows", "4", "--device", "cpu"),
+        *("--sample", "def ", "--sample-tokens", "2"),
+    )
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found["windows"] == 4
+    assert found["kl_divergence"] > 0
+    assert found["sample"].startswith("def ")
+    limits = ("--sequence-length", "64", "--max-windows", "4", "--device", "cpu")
+    code, out, _ = run("eval", MODEL, "--text", HELD_OUT, *limits)
+    assert code == 0
+    assert f"{found['against_perplexity']:.4f}" in out
+
+
+def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_command, "METHODS", ("rtn",))
+    monkeypatch.setattr(demo_command, "_WINDOWS", 2)
+    monkeypatch.setattr(demo_command, "_SAMPLE_TOKENS", 2)
+    folder = tmp_path / "demo"
+    code, out, _ = run("demo", "--bits", "2", "--output", folder, "--json")
+    lines = json.loads(out)["lines"]
+    assert code == 0
+    assert [line["method"] for line in lines] == ["source", "rtn"]
+    assert lines[1]["bytes"] < lines[0]["bytes"]
+    assert (folder / "rtn-2bit" / "rsq_stream.json").is_file()
+
+
+def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor_command, "_PROBE_BYTES", 2**24)
+    code, out, err = run("doctor", "--work-dir", tmp_path, "--json")
+    found = json.loads(out)
+    assert (code, err, found["ok"]) == (0, "", True)
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = run("doctor", "--work-dir", tmp_path / "absent")
+    assert code == 1
+    assert "FAILED" in out
+
+
+def test_second_signal_stops_at_once() -> None:
+    program = (
+        "import os, signal, time\n"
+        "from rsq_stream.cli.stopping import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop.event.wait(5)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(5)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.split("\n") == [
+        "",
+        "stopping at the next safe point; Ctrl-C again stops at once",
+        "stopped at once; the same command goes on after the last finished block",
+        "",
+    ]
+
+
+def test_ctrl_c_then_the_same_command_gives_the_same_bytes(
+    run: Run, tmp_path: Path
+) -> None:
+    def arguments(name: str) -> list[str]:
+        options = ["--samples", "16", "--sequence-length", "512", "--bits", "2"]
+        options += ["--group-size", "64", "--calibration", str(CALIBRATION)]
+        return ["quantize", str(MODEL), *options, "--output", str(tmp_path / name)]
+
+    command = [sys.executable, "-P", "-c", LAUNCH, *arguments("stopped")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("block 1/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "stopping at the next safe point" in rest
+    assert "stopped; the same command goes on after block" in rest.splitlines()[-1]
+    assert "Traceback" not in rest
+
+    code, out, _ = run("status", tmp_path / "stopped.work", "--json")
+    found = json.loads(out)
+    assert (code, found["process"]) == (0, None)
+    assert 1 <= found["blocks_done"] < 4
+    assert found["plan"]["bits"] == 2
+    assert "blocks done" in run("status", tmp_path / "stopped.work")[1]
+
+    code, _, err = run(*arguments("stopped"))
+    assert code == 0
+    assert f"notice: going on after block {found['blocks_done']} of 4" in err
+    code, _, err = run(*arguments("straight"))
+    assert (code, "going on" in err) == (0, False)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

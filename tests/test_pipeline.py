@@ -1,0 +1,296 @@
+"""A whole quantization of a toy: what comes out, and that only the plan decides it."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rsq_stream import block_solver
+from rsq_stream.algorithm.factor import Factor, factorise
+from rsq_stream.calibration import Windows
+from rsq_stream.errors import BudgetError, CheckpointError, NumericalError
+from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDone
+from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, STAGES
+from tests.toy import (
+    Recorder,
+    contents,
+    execution_for,
+    linear_names,
+    open_toy,
+    options_for,
+    plan_toy,
+    read_json,
+    run_toy,
+    toy_checkpoint,
+    toy_windows,
+)
+
+UNITS_BYTES = 2 * 24 * 96 * 4
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_checkpoint(tmp_path_factory.mktemp("pipeline") / "toy")
+
+
+@pytest.fixture(scope="module")
+def rsq(toy: Path) -> dict[str, bytes]:
+    """The files of one run, to which others are compared."""
+    output = toy.with_name("rsq")
+    run_toy(toy, output)
+    return contents(output)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return contents(folder, "*.safetensors")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "b1": {"execution": {"in_flight": 1}},
+    "b5": {"options": {"units_in_flight": 5}},
+    "w2": {"options": {"workers": 2}},
+    "w4": {"options": {"workers": 4}},
+    "disk": {"execution": {"resident_units": 0}},
+    "mixed": {"execution": {"resident_units": 2, "in_flight": 2}},
+    "w2-disk": {"options": {"workers": 2}, "execution": {"resident_units": 0}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_how_it_runs_changes_no_byte(
+    toy: Path, rsq: dict[str, bytes], tmp_path: Path, variant: str
+) -> None:
+    run_toy(toy, tmp_path / "out", **VARIANTS[variant])
+    assert contents(tmp_path / "out") == rsq
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("resident", [0, 2, 3])
+def test_the_budget_decides_what_stays_in_memory_and_no_byte(
+    toy: Path,
+    rsq: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resident: int,
+) -> None:
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr("rsq_stream.planner.psutil.Process", lambda: process)
+    plan, _ = plan_toy(toy)
+    free = execution_for(toy, plan, options_for(tmp_path / "out"))
+    assert free.resident_units == 3
+    ram = free.working_bytes + 3 * UNITS_BYTES * resident
+    options = {"ram_bytes": ram + 3 * UNITS_BYTES - 1}
+    chosen = options_for(tmp_path / "out", **options)
+    assert execution_for(toy, plan, chosen).resident_units == resident
+    run_toy(toy, tmp_path / "out", options=options)
+    assert contents(tmp_path / "out") == rsq
+
+
+def test_a_budget_that_cannot_do_is_refused(toy: Path, tmp_path: Path) -> None:
+    message = r"^--ram 0.00GiB is too little: this model needs \d\.\d\dGiB for one"
+    with pytest.raises(BudgetError, match=message):
+        run_toy(toy, tmp_path / "out", options={"ram_bytes": 1000})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"importance": "uniform"},
+        {"method": "quarot"},
+        {"importance": "first-n", "importance_tokens": 24},
+    ],
+    ids=["uniform", "quarot", "first-all"],
+)
+def test_uniform_importance_is_gptq(
+    toy: Path, rsq: dict[str, bytes], tmp_path: Path, same: dict[str, Any]
+) -> None:
+    run_toy(toy, tmp_path / "gptq", method="gptq", rotation="portable")
+    run_toy(toy, tmp_path / "same", **same)
+    assert shards(tmp_path / "same") == shards(tmp_path / "gptq")
+    assert not shards(tmp_path / "same").items() & rsq.items()
+
+
+def test_first_n_looks_at_the_first_n_tokens_only(toy: Path, tmp_path: Path) -> None:
+    window_BT = toy_windows(128, 5, 24, 0).window_BT
+    later_BT = window_BT.clone()
+    later_BT[:, 10:] = window_BT[:, 10:].flip(0)
+    earlier_BT = window_BT.clone()
+    earlier_BT[:, 9] = (window_BT[:, 9] + 1) % 128
+    made = []
+    for number, tokens in enumerate((window_BT, later_BT, earlier_BT)):
+        output = tmp_path / str(number)
+        first_n: dict[str, Any] = {"importance": "first-n", "importance_tokens": 10}
+        run_toy(toy, output, windows=Windows(tokens, 1), **first_n)
+        made.append(shards(output))
+    assert made[0] == made[1] != made[2]
+
+
+def test_expansion_is_the_rolled_windows(toy: Path, tmp_path: Path) -> None:
+    expanded = Windows(toy_windows(128, 2, 24, 0).window_BT, 3)
+    rolled = Windows(expanded.tokens(0, 6), 1)
+    run_toy(toy, tmp_path / "a", windows=expanded, samples=2, expand=3)
+    run_toy(toy, tmp_path / "b", windows=rolled, samples=6)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+
+
+def test_linears_with_one_input_share_a_hessian(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths, tokens = [], []
+
+    def counted(hessian: Any, *rest: Any) -> Factor:
+        widths.append(hessian.matrix_II.shape[0])
+        tokens.append(hessian.tokens)
+        return factorise(hessian, *rest)
+
+    monkeypatch.setattr(block_solver, "factorise", counted)
+    run_toy(toy, tmp_path / "out")
+    assert len(STAGES) == 4
+    assert widths == [96, 96, 96, 172] * 2
+    assert tokens == [5 * 24] * 8
+
+
+@pytest.mark.parametrize("method", ["rsq", "quarot", "gptq", "rtn"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_no_linear_is_worse_than_rounding(
+    toy: Path, tmp_path: Path, method: str, bits: int
+) -> None:
+    summary = run_toy(toy, tmp_path / "out", method=method, bits=bits)
+    assert [made.name for made in summary.records] == linear_names(2)
+    for made in summary.records:
+        assert 0 < made.relative_error <= made.rounding_error < 1
+        assert (made.relative_error == made.rounding_error) == (method == "rtn")
+        assert made.group_size == (-1 if made.name.endswith("down_proj") else 32)
+        assert (made.bits, made.dead_inputs) == (bits, 0)
+    assert sum(made.kept_rounding for made in summary.records) < 0.02 * 14
+
+
+def test_rounding_looks_at_no_text(toy: Path, tmp_path: Path) -> None:
+    plan, windows = plan_toy(toy, method="rtn")
+    assert windows is None
+    assert (plan.windows_sha256, plan.calibration) == ("", "none")
+    recorder = Recorder()
+    run_toy(toy, tmp_path / "a", method="rtn", listener=recorder)
+    other = toy_windows(128, 5, 24, 9)
+    run_toy(toy, tmp_path / "b", method="rtn", windows=other)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert not [event for event in recorder.events if isinstance(event, UnitsDone)]
+
+
+def test_what_it_says_while_it_works(toy: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    summary = run_toy(toy, tmp_path / "out", listener=recorder)
+    started, *_ = [e for e in recorder.events if isinstance(e, RunStarted)]
+    assert (started.blocks, started.first_block, started.tokens) == (2, 0, 120)
+    stages = [*(stage.name for stage in STAGES), "outputs"]
+    for stage in stages:
+        done = [
+            event
+            for event in recorder.events
+            if isinstance(event, UnitsDone) and (event.block, event.stage) == (1, stage)
+        ]
+        assert sum(event.units for event in done) == 3
+        assert sum(event.tokens for event in done) == 120
+    blocks = [event for event in recorder.events if isinstance(event, BlockFinished)]
+    assert [event.block for event in blocks] == [0, 1]
+    assert blocks[0].records + blocks[1].records == summary.records
+    named = [event for event in recorder.events if isinstance(event, ShardFinished)]
+    assert len(named) == 2
+    for event in named:
+        assert (tmp_path / "out" / event.name).stat().st_size == event.bytes
+
+
+def test_the_manifest_seals_the_folder(toy: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    summary = run_toy(toy, output)
+    files = contents(output)
+    manifest = read_json(output / "rsq_stream.json")
+    assert manifest["files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+        if not name.startswith("rsq_stream.")
+    }
+    digest = hashlib.sha256(files["rsq_stream.json"]).hexdigest()
+    assert files["rsq_stream.sha256"].decode() == f"{digest}  rsq_stream.json\n"
+    plan, _ = plan_toy(toy)
+    assert manifest["plan"] == dataclasses.asdict(plan)
+    assert manifest["plan_sha256"] == plan.sha256
+    assert manifest["linears"] == [dataclasses.asdict(r) for r in summary.records]
+    sealed = files.pop("rsq_stream.sha256")
+    assert sealed
+    assert summary.output_bytes == sum(map(len, files.values()))
+
+
+def test_sizes_are_known_beforehand(toy: Path, tmp_path: Path) -> None:
+    for number, group_size in enumerate((32, -1)):
+        output = tmp_path / str(number)
+        plan, _ = plan_toy(toy, symmetric=False, group_size=group_size)
+        expected = execution_for(toy, plan, options_for(output))
+        run_toy(toy, output, symmetric=False, group_size=group_size)
+        assert sum(map(len, shards(output).values())) == expected.output_bytes
+        stored = sum(entry.size_bytes for entry in open_toy(output).tensors.values())
+        weights = sum(e.size_bytes // 4 for e in open_toy(toy).tensors.values())
+        assert expected.bits_per_weight == pytest.approx(8 * stored / weights)
+        fallbacks = ("mlp.down_proj",) if group_size == 32 else ()
+        assert expected.fallbacks == fallbacks
+
+
+def _broken(toy: Path, folder: Path, name: str, place: int, value: float) -> Path:
+    """Copy a toy into one shard, with one weight replaced."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(toy.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    tensors[name].view(-1)[place] = value
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((toy / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("input_layernorm", "attention in"), ("post_attention_layernorm", "mlp in")],
+)
+def test_nan_in_the_activations_is_located(
+    toy: Path, tmp_path: Path, name: str, stage: str
+) -> None:
+    tensor = f"model.layers.1.{name}.weight"
+    broken = _broken(toy, tmp_path / "broken", tensor, 5, float("nan"))
+    message = rf"block 1,.*{stage}.*|{tensor}"
+    with pytest.raises((NumericalError, CheckpointError), match=message):
+        run_toy(broken, tmp_path / "out", method="gptq")
+    assert not list((tmp_path / "out").glob("model-00002*.safetensors"))
+
+
+def test_the_first_bad_token_is_named(toy: Path, tmp_path: Path) -> None:
+    # Finite in the source, and an overflow only in the type of the activations.
+    window_BT = torch.full((5, 24), 7)
+    window_BT[3, 11] = 99
+    broken = _broken(toy, tmp_path / "broken", EMBEDDING, 99 * 96, 1e6)
+    message = (
+        r"^block 0, attention in, sequence 3, token 11: the activations hold NaN or"
+        r" infinity; the source weights or their type cannot be right there$"
+    )
+    settings: dict[str, Any] = {"method": "gptq", "cache_type": "float16"}
+    with pytest.raises(NumericalError, match=message):
+        run_toy(broken, tmp_path / "out", windows=Windows(window_BT, 1), **settings)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", [LINEARS[0], LINEARS[-1], FINAL_NORM, HEAD])
+def test_no_weight_that_is_not_finite_gets_through(
+    toy: Path, tmp_path: Path, name: str, value: float, method: str
+) -> None:
+    tensor = f"model.layers.1.{name}.weight" if name in LINEARS else name
+    broken = _broken(toy, tmp_path / "broken", tensor, 5, value)
+    message = rf"block 1|{tensor}"
+    with pytest.raises((NumericalError, CheckpointError), match=message):
+        run_toy(broken, tmp_path / "out", method=method)
+    assert not (tmp_path / "out" / "rsq_stream.sha256").exists()

@@ -1,0 +1,258 @@
+"""Stopped anywhere and started again, a run gives the bytes of one in one go."""
+
+import errno
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rsq_stream.errors import Interrupted, ScratchError
+from rsq_stream.events import BlockFinished, Event, RunStarted
+from rsq_stream.storage import atomic
+from rsq_stream.storage.atomic import PartialFile
+from rsq_stream.storage.journal import Journal
+from tests.toy import Recorder, contents, run_toy, toy_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL: dict[str, Any] = {
+    "width": 32,
+    "heads": 2,
+    "kv_heads": 1,
+    "mlp": 44,
+    "vocabulary": 64,
+}
+RUN: dict[str, Any] = {
+    "sequence_length": 16,
+    "clip_steps": 4,
+    "plan": {"shard_bytes": 9_000},
+    "execution": {"in_flight": 3, "resident_units": 1},
+}
+OTHERWISE: dict[str, Any] = RUN | {
+    "execution": {"in_flight": 1, "resident_units": 0},
+    "options": {"workers": 2},
+}
+"""The same plan, run in another way: what may change on resume."""
+SMALL_FILES = ["README.md", "config.json", "rsq_stream.json", "rsq_stream.sha256"]
+Files = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_checkpoint(tmp_path_factory.mktemp("resume") / "toy", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Path) -> tuple[Files, list[Event]]:
+    """The files of a run in one go, and what it said."""
+    recorder = Recorder()
+    run_toy(toy, toy.with_name("whole"), listener=recorder, **RUN)
+    files = contents(toy.with_name("whole"))
+    assert set(SMALL_FILES) < files.keys()
+    assert len([name for name in files if name.endswith(".safetensors")]) == 3
+    return files, recorder.events
+
+
+@pytest.fixture(scope="module")
+def rounded(toy: Path) -> Files:
+    """The files of a run that only rounds: quick enough to stop everywhere."""
+    run_toy(toy, toy.with_name("rounded"), method="rtn", **RUN)
+    return contents(toy.with_name("rounded"))
+
+
+def assert_only_whole_files(output: Path, expected: Files) -> None:
+    """What has its final name is what it will be; the rest is marked as partial."""
+    found = contents(output) if output.exists() else {}
+    for name, content in found.items():
+        assert name.endswith(atomic.PARTIAL) or content == expected[name], name
+
+
+def assert_done(output: Path, expected: Files) -> None:
+    assert contents(output) == expected
+    assert [entry.name for entry in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize("method", ["rsq", "rtn"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_stopped_after_a_block(
+    toy: Path,
+    whole: tuple[Files, list[Event]],
+    rounded: Files,
+    tmp_path: Path,
+    block: int,
+    method: str,
+) -> None:
+    expected = whole[0] if method == "rsq" else rounded
+    output, stop = tmp_path / "out", threading.Event()
+
+    def listener(event: Event) -> None:
+        if isinstance(event, BlockFinished) and event.block == block:
+            stop.set()
+
+    call: dict[str, Any] = {"method": method, "listener": listener, "stop": stop}
+    if block == 1:  # the last one: there is nothing left to stop
+        assert run_toy(toy, output, **RUN, **call).resumed_at == 0
+    else:
+        message = r"^stopped; the same command goes on after block 1 of 2$"
+        with pytest.raises(Interrupted, match=message):
+            run_toy(toy, output, **RUN, **call)
+        assert_only_whole_files(output, expected)
+        assert not set(SMALL_FILES) & contents(output).keys()
+        summary = run_toy(toy, output, method=method, **OTHERWISE)
+        assert summary.resumed_at == 1
+        assert len(summary.records) == 14
+    assert_done(output, expected)
+
+
+def test_stopped_before_it_begins(
+    toy: Path, whole: tuple[Files, list[Event]], tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted, match=r"goes on after block 0 of 2$"):
+        run_toy(toy, tmp_path / "out", stop=stop, **RUN)
+    assert run_toy(toy, tmp_path / "out", **RUN).resumed_at == 0
+    assert_done(tmp_path / "out", whole[0])
+
+
+def test_interrupted_at_every_event(
+    toy: Path, whole: tuple[Files, list[Event]], tmp_path: Path
+) -> None:
+    expected, events = whole
+    for place in range(len(events)):
+        output = tmp_path / str(place) / "out"
+        with pytest.raises(KeyboardInterrupt):
+            run_toy(toy, output, listener=Recorder(place), **RUN)
+        assert_only_whole_files(output, expected)
+        assert not set(SMALL_FILES) & contents(output).keys()
+        blocks = sum(isinstance(e, BlockFinished) for e in events[: place + 1])
+        again = RUN if place % 2 else OTHERWISE
+        assert run_toy(toy, output, **again).resumed_at == blocks
+        assert_done(output, expected)
+
+
+SEAMS: list[tuple[Any, str]] = [
+    (PartialFile, "write"),
+    (PartialFile, "commit"),
+    (atomic, "rename"),
+    (atomic, "write_file"),
+    (Journal, "put"),
+    (Journal, "finish_block"),
+    (Journal, "finish_shard"),
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam[1])
+def test_stopped_at_every_write(
+    toy: Path,
+    rounded: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seam: tuple[Any, str],
+    after: bool,
+) -> None:
+    original: Callable[..., Any] = getattr(*seam)
+    for place in itertools.count(step=5 if seam[1] == "write" else 1):
+        output, calls = tmp_path / str(place) / "out", itertools.count()
+
+        def counted(
+            *arguments: Any,
+            place: int = place,
+            calls: "itertools.count[int]" = calls,
+            **named: Any,
+        ) -> Any:
+            due = next(calls) == place
+            if due and not after:
+                raise KeyboardInterrupt
+            result = original(*arguments, **named)
+            if due:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(*seam, counted)
+        try:
+            run_toy(toy, output, method="rtn", **RUN)
+        except KeyboardInterrupt:
+            monkeypatch.setattr(*seam, original)
+            assert_only_whole_files(output, rounded)
+            run_toy(toy, output, method="rtn", **RUN)
+            assert_done(output, rounded)
+        else:
+            assert place > 1
+            break
+
+
+def test_a_full_disk_is_no_reason_to_start_over(
+    toy: Path,
+    whole: tuple[Files, list[Event]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, left, pwrite = tmp_path / "out", [9_000], os.pwrite
+
+    def full(descriptor: int, content: memoryview, offset: int) -> int:
+        left[0] -= len(content)
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, content, offset)
+
+    for _ in range(2):
+        left[0] += 10_000
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            message = r"model-0.*safetensors: the disk is full \(\d+ bytes free\); make"
+            with pytest.raises(ScratchError, match=message):
+                run_toy(toy, output, **RUN)
+        assert_only_whole_files(output, whole[0])
+    run_toy(toy, output, **RUN)
+    assert_done(output, whole[0])
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.test_resume import RUN
+from tests.toy import run_toy
+toy, folder, places = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+for place in map(int, places):
+    child = os.fork()
+    if child == 0:
+        events = []
+        def die(event):
+            events.append(event)
+            if len(events) == place:
+                os._exit(42)
+        run_toy(toy, folder / str(place) / "out", listener=die, **RUN)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+"""
+
+
+def test_killed_and_resumed_by_another_process(
+    toy: Path, whole: tuple[Files, list[Event]], tmp_path: Path
+) -> None:
+    expected, events = whole
+    places = [1, 5, 12, 14, len(events) - 3, len(events)]
+    subprocess.run(
+        [sys.executable, "-c", KILLED, toy, tmp_path, *map(str, places)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=240,
+    )
+    for place in places:
+        output = tmp_path / str(place) / "out"
+        assert_only_whole_files(output, expected)
+        recorder = Recorder()
+        run_toy(toy, output, listener=recorder, **OTHERWISE)
+        assert recorder.events[0] == RunStarted(
+            blocks=2,
+            first_block=sum(isinstance(e, BlockFinished) for e in events[:place]),
+            tokens=80,
+        )
+        assert_done(output, expected)
