@@ -21,23 +21,15 @@ from rsq_stream.errors import NumericalError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import STAGES, Stage, block_prefix
 from rsq_stream.model.block import Block
-from rsq_stream.ops.pool import Pool
 from rsq_stream.packed_format import scheme_for
 from rsq_stream.passes import Passes, flat, require_finite
+from rsq_stream.slots import Slots
 from rsq_stream.storage.activations import Slot
 
 Keep = Callable[[str, Solution], None]
-
-
-@dataclass
-class Slots:
-    """Where a block's activations lie: its input x, h in between, its output x'."""
-
-    x: Slot
-    h: Slot
-    x_next: Slot
-    resident: int
-    """Units whose attention output stays in memory; others compute it again."""
+FinishStage = Callable[[int, list[LinearRecord], "TokenWeights"], None]
+TokenWeights = dict[int, Tensor]
+"""Importance of a block's tokens, end to end, by unit; exact in bf16."""
 
 
 def make_grid(plan: QuantizationPlan, storage_type: torch.dtype) -> Grid:
@@ -65,20 +57,28 @@ class BlockSolver:
     slots: Slots
     passes: Passes
     keep: Keep
+    finish_stage: FinishStage
+    token_weights: TokenWeights = field(default_factory=dict)
+    """Filled by the first stage, or given where that one is done already."""
     records: list[LinearRecord] = field(default_factory=list)
     _attention: dict[int, Tensor] = field(default_factory=dict)
-    _importance: dict[int, Tensor] = field(default_factory=dict)
 
-    def run(self) -> list[LinearRecord]:
-        """Solve all linears and write the block's outputs; gives what was done."""
+    def run(self, done: int) -> list[LinearRecord]:
+        """Solve all stages but the first ``done``, and write the block's outputs.
+
+        The linears of the stages that are done must hold their quantized weights.
+        Gives the records of the others.
+        """
         inputs = (
             (self.slots.x, self._attention_in),
             (self.slots.x, self._attention_out),
             (self.slots.x, self._mlp_in),
             (self.slots.h, self._mlp_out),
         )
-        for stage, (slot, stage_input) in zip(STAGES, inputs, strict=True):
-            self._solve_stage(stage, slot, stage_input)
+        for number in range(done, len(STAGES)):
+            before = len(self.records)
+            self._solve_stage(STAGES[number], *inputs[number])
+            self.finish_stage(number, self.records[before:], self.token_weights)
         self._advance()
         return self.records
 
@@ -95,7 +95,7 @@ class BlockSolver:
             return require_finite(value, self.index, stage.name, first)
 
         for run in self.passes.over(slot, self.index, stage.name, one):
-            units = [(flat(value), self._importance[unit]) for unit, value in run]
+            units = [(flat(value), self.token_weights[unit]) for unit, value in run]
             hessian.add(units, self.passes.pool)
         self.passes.check()
         pool = self.passes.pool
@@ -131,10 +131,10 @@ class BlockSolver:
     def _attention_in(self, unit: int, x_BTD: Tensor) -> Tensor:
         """Give a, and keep the importance of the unit's tokens, once per block."""
         a_BTD = self.block.attention_input(self._computed(x_BTD))
-        self._importance[unit] = self._token_weights(a_BTD).reshape(-1)
+        self.token_weights[unit] = self._weigh(a_BTD).reshape(-1)
         return a_BTD
 
-    def _token_weights(self, a_BTD: Tensor) -> Tensor:
+    def _weigh(self, a_BTD: Tensor) -> Tensor:
         sequences, tokens = a_BTD.shape[:2]
         plan = self.plan
         if plan.importance == "attncon":
@@ -168,7 +168,7 @@ class BlockSolver:
             c_BTI = self._attention_out(unit, x_BTD)
             self._attention.pop(unit, None)
         h_BTD = self._stored(self.block.after_attention(x_BTD, c_BTI))
-        self.slots.h.write(unit, h_BTD, durable=False)
+        self.slots.h.write(unit, h_BTD, durable=True)
         return self.block.mlp_input(self._computed(h_BTD))
 
     def _mlp_out(self, unit: int, h_BTD: Tensor) -> Tensor:
@@ -180,7 +180,6 @@ class BlockSolver:
         """Write x' of the quantized block, durably: the next block's input."""
         device = self.block.weight("mlp.down_proj").device
         slots = self.slots
-        slots.h.flush(durable=False)
         slots.x_next.clear()
 
         def one(unit: int, h_BTD: Tensor) -> Tensor:
@@ -218,16 +217,17 @@ def round_block(
     weights: dict[str, Tensor],
     grids: dict[str, Grid],
     plan: QuantizationPlan,
-    pool: Pool,
+    passes: Passes,
     keep: Keep,
 ) -> list[LinearRecord]:
     """Quantize a block by rounding alone: no activations, no Hessian."""
     records = []
     for linear in [name for stage in STAGES for name in stage.linears]:
+        passes.check()
         weight_OI = weights.pop(linear)
         group_size = scheme_for(plan, weight_OI.shape[1]).group_size
         solution = round_to_nearest(
-            weight_OI, grids[linear], group_size, plan.tile_rows, pool
+            weight_OI, grids[linear], group_size, plan.tile_rows, passes.pool
         )
         keep(linear, solution)
         records.append(record(index, linear, plan, solution))

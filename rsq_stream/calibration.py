@@ -107,8 +107,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_text(calibration: str, seed: int) -> str:
+def read_text(calibration: str, seed: int, option: str = "--calibration") -> str:
     """Give the text of a named data set or of a .txt, .jsonl or .parquet file.
+
+    Errors name the file as the value of ``option``.
 
     Raises
     ------
@@ -117,7 +119,7 @@ def read_text(calibration: str, seed: int) -> str:
     """
     if calibration in DATA_SETS:
         data_set = DATA_SETS[calibration]
-        documents = _documents(_fetched(calibration, data_set))
+        documents = _documents(_fetched(calibration, data_set), option)
         return (
             _shuffled(documents, seed) if data_set.shuffled else _JOIN.join(documents)
         )
@@ -125,9 +127,9 @@ def read_text(calibration: str, seed: int) -> str:
     if not path.is_file():
         names = ", ".join(DATA_SETS)
         raise CalibrationError(
-            f"--calibration {calibration}: no such file, and not one of {names}"
+            f"{option} {calibration}: no such file, and not one of {names}"
         )
-    return _JOIN.join(_documents(path))
+    return _JOIN.join(_documents(path, option))
 
 
 def choose_windows(
@@ -175,7 +177,7 @@ def _fetched(name: str, data_set: DataSet) -> Path:
         ) from error
 
 
-def _documents(path: Path) -> Iterator[str]:
+def _documents(path: Path, option: str) -> Iterator[str]:
     try:
         if path.suffix == ".parquet":
             column = parquet.read_table(path, columns=["text"]).column("text")
@@ -186,13 +188,13 @@ def _documents(path: Path) -> Iterator[str]:
             yield path.read_text(encoding="utf-8")
         else:
             raise CalibrationError(
-                f"--calibration {path}: must end in .txt, .jsonl or .parquet"
+                f"{option} {path}: must end in .txt, .jsonl or .parquet"
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(
-            f"--calibration {path}: cannot be read as {path.suffix} with a 'text' in"
+            f"{option} {path}: cannot be read as {path.suffix} with a 'text' in"
             f" each row ({str(error).splitlines()[0]})"
         ) from error
 

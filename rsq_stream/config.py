@@ -206,7 +206,7 @@ class RunOptions:
     keep_work: bool = False
 
     def __post_init__(self) -> None:
-        _require(1 <= self.workers <= 1024, "workers", self.workers, "1 to 1024")
+        _require(1 <= self.workers <= 1024, "threads", self.workers, "1 to 1024")
         _require(
             0 <= self.units_in_flight <= 4096,
             "batch",

@@ -101,9 +101,26 @@ class OutputFolder:
             return
         found = sorted(entry.name for entry in path.iterdir())
         if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise OutputError(
-                f"{path}: the output folder must be new or empty, it holds {found[0]}"
-                f" and {len(found) - 1} more; remove them or give another --output"
+                f"{path}: the output folder must be new or empty, it holds"
+                f" {found[0]}{more}; empty it or give another --output"
+            )
+
+    @staticmethod
+    def require_apart(path: Path, work_dir: Path) -> None:
+        """Refuse a work folder that is the output, or around it: it is removed.
+
+        Raises
+        ------
+        OutputError
+            Removing the work folder would remove the output.
+        """
+        output, work = path.resolve(), work_dir.resolve()
+        if output == work or work in output.parents or output in work.parents:
+            raise OutputError(
+                f"{path}: output and work folder ({work_dir}) must lie side by side,"
+                " neither in the other; give another --output or --work-dir"
             )
 
     @staticmethod
@@ -124,6 +141,10 @@ class OutputFolder:
         """Write tensors where they belong in the shards."""
         for name, tensor in tensors.items():
             self._writer.write(name, tensor)
+
+    def read(self, name: str) -> Tensor:
+        """Read back a tensor of a shard that is not whole yet."""
+        return self._writer.read(name)
 
     def sync(self) -> None:
         """Make all tensors written so far durable."""

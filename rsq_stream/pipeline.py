@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rsq_stream.algorithm.solver import Solution
-from rsq_stream.block_solver import (
-    BlockSolver,
-    Slots,
-    make_grid,
-    round_block,
-)
+from rsq_stream.block_progress import BlockProgress
+from rsq_stream.block_solver import BlockSolver, make_grid, round_block
 from rsq_stream.calibration import Windows
 from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
 from rsq_stream.errors import Interrupted
@@ -26,7 +23,6 @@ from rsq_stream.events import (
     BlockFinished,
     LinearRecord,
     Listener,
-    Notice,
     RunStarted,
     ShardFinished,
     ignore,
@@ -44,9 +40,9 @@ from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import encode_linear, output_is_tied, scheme_for
 from rsq_stream.passes import Passes
+from rsq_stream.slots import RunSlots
 from rsq_stream.source import Source
 from rsq_stream.storage import atomic
-from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
 from rsq_stream.storage.shards import Checkpoint
@@ -86,6 +82,7 @@ def quantize(
         Whatever else went wrong, in one line.
     """
     began = time.monotonic()
+    OutputFolder.require_apart(options.output, options.work_dir)
     with (
         RunFolder(options.work_dir) as folder,
         single_threaded_products(options.workers) as pool,
@@ -143,40 +140,22 @@ class _Run:
         )
         self._source = Source(checkpoint, self.architecture, plan, self._device)
         self._config = layer_config(self.architecture.family, checkpoint.config)
-        self._slots: list[Slot] = []
+        self._slots: RunSlots | None = None
         if plan.needs_calibration:
-            self._make_slots(execution)
-
-    def _make_slots(self, execution: ExecutionPlan) -> None:
-        plan, work_dir = self._plan, self._work_dir
-        shape = SlotShape(
-            sequences=plan.sequences,
-            tokens=plan.sequence_length,
-            width=self.architecture.width,
-            unit_sequences=plan.unit_sequences,
-            dtype=getattr(torch, plan.cache_type),
-        )
-        with atomic.explained(work_dir):
-            direct = has_direct_io(work_dir)
-        if not direct:
-            text = f"{work_dir}: no direct I/O here, so writes are buffered and fsynced"
-            self._passes.listener(Notice(text=text))
-        self._resident = execution.resident_units
-        self._slots = [
-            Slot(work_dir / name, shape, resident, execution.in_flight, direct=direct)
-            for name, resident in (
-                ("even", self._resident),
-                ("odd", self._resident),
-                ("h", self._resident),
+            self._slots = RunSlots(
+                plan,
+                self.architecture.width,
+                execution,
+                options.work_dir,
+                passes.listener,
             )
-        ]
-        self._rope = Rope(
-            self.architecture.family,
-            self._config,
-            plan.sequence_length,
-            getattr(torch, plan.compute_type),
-            self._device,
-        )
+            self._rope = Rope(
+                self.architecture.family,
+                self._config,
+                plan.sequence_length,
+                getattr(torch, plan.compute_type),
+                self._device,
+            )
 
     def begin(self, windows: Windows | None) -> int:
         """Write what lies outside the blocks, embed; gives the first block to do."""
@@ -193,8 +172,8 @@ class _Run:
         )
         if last is None:
             self._write_outer(windows)
-        elif plan.needs_calibration:
-            self._slots[first % 2].checksums = self._journal.chunks(last[1])
+        elif self._slots:
+            self._slots.input_of(first).checksums = self._journal.chunks(last[1])
         return first
 
     def _write_outer(self, windows: Windows | None) -> None:
@@ -207,7 +186,7 @@ class _Run:
         if windows is not None and self._slots:
             kept = {"windows": windows.window_BT.to(torch.int32)}
             atomic.write_file(self._work_dir / "windows.safetensors", save(kept))
-            slot = self._slots[0]
+            slot = self._slots.input_of(0)
             for unit in range(slot.shape.units):
                 self._passes.check()
                 count = slot.shape.unit_sequences
@@ -237,10 +216,10 @@ class _Run:
             )
 
         weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
-        if not self._plan.needs_calibration:
+        if self._slots is None:
             tensors.clear()
-            pool = self._passes.pool
-            return round_block(index, weights, grids, self._plan, pool, keep)
+            passes = self._passes
+            return round_block(index, weights, grids, self._plan, passes, keep)
         compute = getattr(torch, self._plan.compute_type)
         block = Block(
             self.architecture.family,
@@ -250,16 +229,28 @@ class _Run:
             self._rope,
         )
         tensors.clear()
-        x, x_next = self._slots[index % 2], self._slots[(index + 1) % 2]
-        slots = Slots(x, self._slots[2], x_next, self._resident)
+        slots = self._slots.of_block(index)
+        progress = BlockProgress(
+            self._plan, self._journal, self._output, slots.h, self._work_dir
+        )
+        done, token_weights = progress.restore(index, block)
         return BlockSolver(
-            index, block, weights, grids, self._plan, slots, self._passes, keep
-        ).run()
+            index,
+            block,
+            weights,
+            grids,
+            self._plan,
+            slots,
+            self._passes,
+            keep,
+            partial(progress.finish_stage, index),
+            token_weights,
+        ).run(done)
 
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:
         """Make a block's bytes durable, then journal it, then name full shards."""
         self._output.sync()
-        slot = self._slots[(index + 1) % 2] if self._slots else None
+        slot = self._slots.input_of(index + 1) if self._slots else None
         self._journal.finish_block(
             index,
             slot.folder.name if slot else "",
@@ -271,8 +262,10 @@ class _Run:
         self.records.update({made.name: made for made in records})
         self.finished = index + 1
         if index >= 0:
-            done = BlockFinished(block=index, seconds=seconds, records=tuple(records))
-            self._passes.listener(done)
+            own = tuple(made for made in self.records.values() if made.block == index)
+            self._passes.listener(
+                BlockFinished(block=index, seconds=seconds, records=own)
+            )
         self._name_full_shards()
 
     def _name_full_shards(self) -> None:
@@ -286,6 +279,6 @@ class _Run:
 
     def close(self) -> None:
         """Stop the activation threads and close the shards."""
-        for slot in self._slots:
-            slot.close()
+        if self._slots:
+            self._slots.close()
         self._output.close()

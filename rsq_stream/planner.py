@@ -13,13 +13,18 @@ import psutil
 import torch
 
 from rsq_stream.algorithm.rotation import rotation_name
-from rsq_stream.calibration import Windows
+from rsq_stream.calibration import DATA_SETS, Windows
 from rsq_stream.config import (
     ExecutionPlan,
     QuantizationPlan,
     RunOptions,
 )
-from rsq_stream.errors import BudgetError, CheckpointError, UnsupportedModelError
+from rsq_stream.errors import (
+    BudgetError,
+    CheckpointError,
+    UnsupportedModelError,
+    UsageError,
+)
 from rsq_stream.model.architecture import (
     HEAD,
     LINEARS,
@@ -29,6 +34,7 @@ from rsq_stream.model.architecture import (
 )
 from rsq_stream.ops.walsh import package_version
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
+from rsq_stream.slots import slot_shape
 from rsq_stream.storage.activations import SlotShape
 from rsq_stream.storage.shards import Checkpoint
 
@@ -109,7 +115,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
 
 def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
     """Give the sequence length: as asked, else 4096 or the model's limit."""
-    return wanted or min(DEFAULT_LONGEST, architecture.longest)
+    if wanted is None:
+        return min(DEFAULT_LONGEST, architecture.longest)
+    if wanted > architecture.longest:
+        raise UsageError(
+            f"--sequence-length must be at most {architecture.longest}, the positions"
+            f" this model was made for, not {wanted}"
+        )
+    return wanted
 
 
 def make_plan(
@@ -127,6 +140,10 @@ def make_plan(
         A setting is out of bounds.
     """
     rotated = settings.method in ("rsq", "quarot")
+    if settings.rotation not in (None, "portable", "none"):
+        raise UsageError(
+            f"--rotation must be portable or none, not {settings.rotation}"
+        )
     if settings.rotation is not None:
         rotated = settings.rotation == "portable"
     length = sequence_length_for(architecture, settings.sequence_length)
@@ -144,6 +161,8 @@ def make_plan(
     linear_type = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight").dtype
     source_type = str(linear_type).removeprefix("torch.")
     calibrated = settings.method != "rtn"
+    # Of a file the tokens are hashed; its path decides nothing.
+    calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
     return QuantizationPlan(
         source_sha256=checkpoint.headers_sha256,
@@ -162,7 +181,7 @@ def make_plan(
         importance_min=minimum,
         importance_max=settings.importance_max,
         importance_tokens=tokens,
-        calibration=settings.calibration if calibrated else "none",
+        calibration=calibration if calibrated else "none",
         windows_sha256=windows.sha256 if windows and calibrated else "",
         samples=settings.samples,
         sequence_length=length,
@@ -210,13 +229,7 @@ def plan_execution(
     BudgetError
         Not even one unit at a time fits; the message says what would do.
     """
-    shape = SlotShape(
-        plan.sequences,
-        plan.sequence_length,
-        architecture.width,
-        plan.unit_sequences,
-        getattr(torch, plan.cache_type),
-    )
+    shape = slot_shape(plan, architecture.width)
     used = psutil.Process().memory_info().rss
     budget = options.ram_bytes or used + int(psutil.virtual_memory().available * 0.8)
     in_flight = options.units_in_flight or 2 * options.workers
@@ -238,17 +251,16 @@ def plan_execution(
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
     layouts = plan_layouts(checkpoint, architecture, plan)
     output_bytes = sum(layout.size_bytes for layout in layouts)
-    spilled = max(0, shape.slot_bytes - resident * shape.unit_bytes) if slots else 0
     passes = architecture.blocks
-    durable = shape.slot_bytes * (passes + 1) if slots else 0
+    durable = shape.slot_bytes * (2 * passes + 1) if slots else 0
     return ExecutionPlan(
         in_flight=in_flight,
         resident_units=resident,
         slots=slots,
         slot_bytes=shape.slot_bytes,
         working_bytes=working,
-        scratch_bytes=(2 * shape.slot_bytes + spilled) if slots else 0,
-        written_bytes=output_bytes + durable + spilled * passes,
+        scratch_bytes=slots * shape.slot_bytes,
+        written_bytes=output_bytes + durable,
         source_bytes=sum(entry.size_bytes for entry in checkpoint.tensors.values()),
         output_bytes=output_bytes,
         bits_per_weight=bits_per_weight(architecture, layouts),

@@ -12,6 +12,7 @@ import torch
 from rsq_stream.calibration import load_tokenizer
 from rsq_stream.evaluation.reader import ModelReader
 from rsq_stream.model.block import Block
+from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.storage.shards import Checkpoint
 
 
@@ -19,7 +20,14 @@ def greedy_sample(
     checkpoint: Checkpoint, prompt: str, tokens: int, *, device: str = "cpu"
 ) -> str:
     """Continue ``prompt`` by the likeliest token, ``tokens`` times; gives it all."""
-    place = torch.device(device)
+    # One short sequence: threads would wait for each other longer than they work.
+    with single_threaded_products(1):
+        return _continued(checkpoint, prompt, tokens, torch.device(device))
+
+
+def _continued(
+    checkpoint: Checkpoint, prompt: str, tokens: int, place: torch.device
+) -> str:
     model = ModelReader(checkpoint, place)
     folder = checkpoint.files.path("tokenizer_config.json").parent
     tokenizer = load_tokenizer(folder)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -43,6 +43,7 @@ _LARGEST_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
 
 
+@runtime_checkable
 class Files(Protocol):
     """A checkpoint's files by name."""
 

@@ -1,6 +1,7 @@
 """What is done, durably: one SQLite file in the work folder.
 
-A block is done when its row is committed, after the bytes it names are fsynced.
+A stage or block is done when its row is committed, after the bytes it names are
+fsynced.
 Rollback journal and synchronous=FULL: WAL fails on network file systems.
 """
 
@@ -19,6 +20,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS blocks (
     block INTEGER PRIMARY KEY, slot TEXT NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS stages (
+    block INTEGER, stage INTEGER, PRIMARY KEY (block, stage));
 CREATE TABLE IF NOT EXISTS chunks (
     slot TEXT, unit INTEGER, crc32 INTEGER NOT NULL, PRIMARY KEY (slot, unit));
 CREATE TABLE IF NOT EXISTS linears (
@@ -36,7 +39,7 @@ class Journal:
         self.path = path
         with self._explained():
             if read_only:
-                address = f"file:{path}?mode=ro"
+                address = f"{path.resolve().as_uri()}?mode=ro"
                 self._database = sqlite3.connect(address, uri=True, timeout=10)
                 return
             self._database = sqlite3.connect(path, timeout=10)
@@ -80,21 +83,57 @@ class Journal:
         The caller has fsynced the chunks and the tensors before.
         """
         with self._explained(), self._database as database:
-            database.execute("DELETE FROM chunks WHERE slot = ?", (slot,))
-            database.executemany(
-                "INSERT INTO chunks VALUES (?, ?, ?)",
-                [(slot, unit, crc) for unit, crc in chunks.items()],
-            )
-            database.executemany(
-                "INSERT OR REPLACE INTO linears VALUES (?, ?, ?)",
-                [(block, name, json.dumps(made)) for name, made in linears.items()],
-            )
-            database.executemany(
-                "INSERT OR REPLACE INTO tensors VALUES (?, ?)", tensors.items()
-            )
+            self._put(block, {slot: chunks}, linears, tensors)
+            database.execute("DELETE FROM stages")
             database.execute(
                 "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (block, slot, seconds)
             )
+
+    def finish_stage(
+        self,
+        block: int,
+        stage: int,
+        chunks: Mapping[str, Mapping[int, int]],
+        linears: Mapping[str, Mapping[str, Any]],
+        tensors: Mapping[str, int],
+    ) -> None:
+        """Commit a stage of a block, with the chunks of every slot it wrote.
+
+        The caller has fsynced the chunks and the tensors before.
+        """
+        with self._explained(), self._database as database:
+            self._put(block, chunks, linears, tensors)
+            database.execute(
+                "INSERT OR REPLACE INTO stages VALUES (?, ?)", (block, stage)
+            )
+
+    def _put(
+        self,
+        block: int,
+        chunks: Mapping[str, Mapping[int, int]],
+        linears: Mapping[str, Mapping[str, Any]],
+        tensors: Mapping[str, int],
+    ) -> None:
+        """Write what stages and blocks have in common, within a transaction."""
+        database = self._database
+        for slot, sums in chunks.items():
+            database.execute("DELETE FROM chunks WHERE slot = ?", (slot,))
+            database.executemany(
+                "INSERT INTO chunks VALUES (?, ?, ?)",
+                [(slot, unit, crc) for unit, crc in sums.items()],
+            )
+        database.executemany(
+            "INSERT OR REPLACE INTO linears VALUES (?, ?, ?)",
+            [(block, name, json.dumps(made)) for name, made in linears.items()],
+        )
+        database.executemany(
+            "INSERT OR REPLACE INTO tensors VALUES (?, ?)", tensors.items()
+        )
+
+    def stages(self, block: int) -> int:
+        """Give how many stages of a block are done."""
+        rows = self._rows("SELECT COUNT(*) FROM stages WHERE block = ?", block)
+        return int(rows[0][0])
 
     def finish_shard(self, name: str, size_bytes: int, sha256: str) -> None:
         """Commit an output shard that has its final name."""

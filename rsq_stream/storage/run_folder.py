@@ -15,6 +15,10 @@ from rsq_stream.storage.journal import NAME as JOURNAL
 from rsq_stream.storage.journal import Journal
 
 _LOCK = "lock"
+OWN_FILES = (_LOCK, JOURNAL, "windows.safetensors", "token-weights.safetensors")
+OWN_FOLDERS = ("even", "odd", "h")
+"""Activation slots; ``OWN_FILES`` and these are all that a run puts here."""
+_ENDINGS = ("", atomic.PARTIAL, "-journal")
 
 
 class RunFolder:
@@ -30,9 +34,21 @@ class RunFolder:
         """
         self.path = path
         self._journal: Journal | None = None
+        self._lock = -1
         with atomic.explained(path):
             path.mkdir(parents=True, exist_ok=True)
+            foreign = sorted(entry.name for entry in self._foreign())
+            if foreign and not self.has_run:
+                raise ScratchError(
+                    f"{path}: the work folder must be new or empty, it holds"
+                    f" {foreign[0]}; give another --work-dir"
+                )
             self._lock = self._locked()
+
+    def _foreign(self) -> list[Path]:
+        own = {name + ending for name in OWN_FILES for ending in _ENDINGS}
+        own.update(OWN_FOLDERS)
+        return [entry for entry in self.path.iterdir() if entry.name not in own]
 
     def _locked(self) -> int:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -58,12 +74,12 @@ class RunFolder:
         """Forget the unfinished run, for ``--restart``."""
         with atomic.explained(self.path):
             # The journal first: without it nothing else means anything.
-            (self.path / JOURNAL).unlink(missing_ok=True)
-            for entry in self.path.iterdir():
-                if entry.is_dir():
-                    atomic.remove_tree(entry)
-                elif entry.name != _LOCK:
-                    entry.unlink()
+            for name in (JOURNAL, *OWN_FILES):
+                for ending in _ENDINGS:
+                    if name != _LOCK:
+                        (self.path / (name + ending)).unlink(missing_ok=True)
+            for name in OWN_FOLDERS:
+                atomic.remove_tree(self.path / name)
 
     def open_journal(self, plan_json: str, plan_sha256: str) -> Journal:
         """Start the journal of a plan, or go on with it.
@@ -94,16 +110,23 @@ class RunFolder:
             self._journal = None
         if self._lock >= 0:
             if not self.has_run:
-                atomic.remove_tree(self.path)
+                self._remove_if_ours()
             os.close(self._lock)
             self._lock = -1
 
+    def _remove_if_ours(self) -> None:
+        """Remove lock and folder; a folder that holds anything else stays."""
+        with atomic.explained(self.path):
+            if not self._foreign():
+                (self.path / _LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
+
     def remove(self) -> None:
-        """Remove the folder with all that is in it: the output is whole."""
+        """Remove all that the run put here: the output is whole."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None
-        atomic.remove_tree(self.path)
+        self.clear()
 
 
 def mismatch(path: Path, before: str, now: str) -> str:

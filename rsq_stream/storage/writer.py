@@ -119,6 +119,22 @@ class ShardWriter:
         self._open(layout).write(offset, raw)
         self.checksums[name] = zlib.crc32(raw)
 
+    def read(self, name: str) -> Tensor:
+        """Read back a tensor that was written, by an earlier process too.
+
+        Raises
+        ------
+        OutputError
+            What is on disk is not what was written.
+        """
+        layout = self._shard_of[name]
+        offset, announced = layout.places[name]
+        raw = self._open(layout).read(offset, announced.size_bytes)
+        if zlib.crc32(raw) != self.checksums.get(name):
+            raise OutputError(self._damaged(layout, name))
+        tensor = torch.frombuffer(bytearray(raw), dtype=announced.dtype)
+        return tensor.view(announced.shape)
+
     def sync(self) -> None:
         """Make all tensors written so far durable."""
         for file in self._files.values():
