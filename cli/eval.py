@@ -71,7 +71,7 @@ def evaluate_model(
 
     length = sequence_length or min(_LONGEST, _architecture(checkpoint).longest)
     window_BT = evaluation_windows(
-        read_text(text, 0),
+        read_text(text, 0, "--text"),
         tokenizer_of(checkpoint),
         length,
         bos=bos,

@@ -22,12 +22,14 @@ from .plan import plan
 from .quantize import quantize
 from .status import status
 from .stopping import INTERRUPTED
+from .verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": takes_job(quantize),
     "plan": takes_job(plan),
     "status": status,
     "inspect": inspect,
+    "verify": verify,
     "eval": evaluate_model,
     "demo": demo,
     "doctor": doctor,

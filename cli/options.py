@@ -89,6 +89,15 @@ Against = Annotated[
         show_default=False,
     ),
 ]
+VerifyAgainst = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="MODEL",
+        help="Also measure each linear's distance from this source.",
+        show_default=False,
+    ),
+]
 Sample = Annotated[
     str | None,
     typer.Option(

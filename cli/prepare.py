@@ -56,6 +56,8 @@ def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
     checkpoint = open_checkpoint(model, job.revision)
     architecture = inspect_checkpoint(checkpoint)
     place = torch.device(device)
+    if place.type == "cuda":
+        make_deterministic()
     # A first time without the text: a bad option must not wait for it.
     plan = make_plan(checkpoint, architecture, settings, None, place)
     execution = plan_execution(checkpoint, architecture, plan, options)
@@ -174,6 +176,17 @@ def pick_device(wanted: str | None) -> str:
             f"--device must be one of {', '.join(known)} on this machine, not {wanted}"
         )
     return wanted
+
+
+def make_deterministic() -> None:
+    """Have CUDA give the same bits each time; before its first product."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def pick_workers(wanted: int | None, device: str) -> int:

@@ -32,7 +32,7 @@ def status(
     if found["blocks"] is not None:
         done += f" of {found['blocks']}"
     rows = {
-        "state": _state(found["process"]),
+        "state": _state(found),
         "blocks done": done,
         "plan": ", ".join(f"{name} {found['plan'].get(name)}" for name in _FIELDS),
     }
@@ -101,7 +101,9 @@ def running_process(work_dir: Path) -> int | None:
         return None
 
 
-def _state(process: int | None) -> str:
-    if process is None:
-        return "stopped; the same quantize command goes on"
-    return f"running, process {process}"
+def _state(found: dict[str, Any]) -> str:
+    if found["process"] is not None:
+        return f"running, process {found['process']}"
+    if found["blocks_done"] == found["blocks"]:
+        return "every block is done; the same quantize command completes the output"
+    return "stopped; the same quantize command goes on"

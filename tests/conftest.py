@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rsq_stream.cli.main import main
+
+from rsq_stream.demo import MODEL
+from tests.cli_runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = ("torch", "numpy", "numba", "transformers", "zarr")
@@ -34,6 +38,31 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared beside the checkout, which is absent")
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = stopped.value.code
+        return code if isinstance(code, int) else 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished output, by rounding."""
+    output = tmp_path_factory.mktemp("quantized") / "out"
+    with pytest.raises(SystemExit):
+        main(["quantize", str(MODEL), "--method", "rtn", "--output", str(output)])
+    assert (output / "rsq_stream.json").is_file()
+    return output
 
 
 def _version(name: str) -> str:

@@ -80,7 +80,6 @@ def test_perplexity_agrees_with_the_textbook(
         importance_min=plan.importance_min,
     )
     theirs = textbook.perplexity(model, judged_BT)
-    print(method,bits,ours.perplexity,theirs)
     assert ours.perplexity == pytest.approx(theirs, rel=0.005)
 
 

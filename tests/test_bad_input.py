@@ -18,6 +18,7 @@ from rsq_stream.storage.run_folder import RunFolder
 
 SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+Refused = Callable[..., str]
 SMALL = ("--samples", "2", "--sequence-length", "64", "--device", "cpu")
 
 
@@ -95,7 +96,7 @@ SPOILED = [
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
     """Run a command that must fail in one line and leave no output; gives the line."""
 
     def call(*arguments: object, output: Path = tmp_path / "out") -> str:
@@ -136,9 +137,7 @@ def with_text(*options: object) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in SPOILED])
-def test_a_spoiled_source(
-    case: Spoiled, refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_spoiled_source(case: Spoiled, refused: Refused, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     case.spoil(model)
@@ -148,7 +147,7 @@ def test_a_spoiled_source(
         assert part in line
 
 
-def test_no_such_folder(refused: Callable[..., str]) -> None:
+def test_no_such_folder(refused: Refused) -> None:
     line = refused("quantize", "/nowhere/at/all", "--calibration", CALIBRATION)
     assert "/nowhere/at/all: no such folder, and not a hub id" in line
 
@@ -178,15 +177,11 @@ def test_no_such_folder(refused: Callable[..., str]) -> None:
     ],
     ids=lambda value: "=".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_bad_option(
-    options: tuple[str, ...], says: str, refused: Callable[..., str]
-) -> None:
+def test_a_bad_option(options: tuple[str, ...], says: str, refused: Refused) -> None:
     assert says in refused(*with_text(*options))
 
 
-def test_text_shorter_than_one_window(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_text_shorter_than_one_window(refused: Refused, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("def short(): pass\n")
     line = refused("quantize", MODEL, "--calibration", text, *SMALL)
@@ -203,20 +198,20 @@ def test_text_shorter_than_one_window(
     ],
 )
 def test_text_that_is_none(
-    name: str, content: str, says: str, refused: Callable[..., str], tmp_path: Path
+    name: str, content: str, says: str, refused: Refused, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content)
     line = refused("quantize", MODEL, "--calibration", tmp_path / name, *SMALL)
     assert says in line
 
 
-def test_unknown_data_set(refused: Callable[..., str]) -> None:
+def test_unknown_data_set(refused: Refused) -> None:
     line = refused("quantize", MODEL, "--calibration", "pile", *SMALL)
     assert "--calibration pile: no such file, and not one of wikitext2, c4" in line
 
 
 def test_data_set_while_offline(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offline(monkeypatch, tmp_path)
     line = refused("quantize", MODEL, *SMALL)
@@ -225,7 +220,7 @@ def test_data_set_while_offline(
 
 
 def test_hub_model_while_offline(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offline(monkeypatch, tmp_path)
     line = refused("quantize", "nobody/nothing", "--calibration", CALIBRATION)
@@ -238,9 +233,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache / "hub"))
 
 
-def test_output_folder_is_not_empty(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_output_folder_is_not_empty(refused: Refused, tmp_path: Path) -> None:
     output = tmp_path / "full"
     output.mkdir()
     (output / "letter.txt").write_text("keep me")
@@ -250,25 +243,15 @@ def test_output_folder_is_not_empty(
     assert "must be new or empty, it holds letter.txt" in line
 
 
-def test_output_is_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_output_is_a_file(refused: Refused, tmp_path: Path) -> None:
     output = tmp_path / "file"
     output.write_text("keep me")
     assert "is a file; give a folder" in refused(*with_text(), output=output)
     assert output.read_text() == "keep me"
 
 
-def test_work_folder_of_another_plan(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
-    job = Job(
-        bits=3,
-        seed=1,
-        calibration=str(CALIBRATION),
-        samples=2,
-        sequence_length=64,
-        device="cpu",
-        output=tmp_path / "out",
-    )
+def test_work_folder_of_another_plan(refused: Refused, tmp_path: Path) -> None:
+    job = Job(bits=3, seed=1, calibration=str(CALIBRATION), output=tmp_path / "out")
     made = prepare(str(MODEL), job, read_calibration=True)
     plan, work_dir = made.plan, made.options.work_dir
     with RunFolder(work_dir) as folder:
@@ -280,7 +263,7 @@ def test_work_folder_of_another_plan(
     assert "--restart starts over" in line
 
 
-def test_status_where_no_run_is(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_status_where_no_run_is(refused: Refused, tmp_path: Path) -> None:
     assert f"{tmp_path}: no run here" in refused("status", tmp_path)
 
 
@@ -294,7 +277,7 @@ def test_status_where_no_run_is(refused: Callable[..., str], tmp_path: Path) -> 
     ],
 )
 def test_inspect_of_no_output(
-    content: str | None, says: str, refused: Callable[..., str], tmp_path: Path
+    content: str | None, says: str, refused: Refused, tmp_path: Path
 ) -> None:
     if content is not None:
         (tmp_path / "rsq_stream.json").write_text(content)
@@ -312,6 +295,6 @@ def test_inspect_of_no_output(
     ids=["absent", "json", "no-windows", "no-device"],
 )
 def test_eval_of_nothing(
-    options: tuple[object, ...], says: str, refused: Callable[..., str]
+    options: tuple[object, ...], says: str, refused: Refused
 ) -> None:
     assert says in refused("eval", MODEL, *options)

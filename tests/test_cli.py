@@ -1,18 +1,13 @@
 """The command line: its surface, its output, and what Ctrl-C leaves behind."""
 
-import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
-from rsq_stream.cli import demo as demo_command
-from rsq_stream.cli import doctor as doctor_command
 from rsq_stream.cli.findings import far_above_peers, notices_of, warnings_of
 from rsq_stream.cli.job import Job
 from rsq_stream.cli.main import COMMANDS, bounded, explained, main, make_app
@@ -21,7 +16,7 @@ from rsq_stream.cli.progress import Lines, LiveLine
 from rsq_stream.cli.text import duration, parse_size, size
 
 from rsq_stream import __version__
-from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
+from rsq_stream.demo import MODEL
 from rsq_stream.errors import Interrupted, UsageError
 from rsq_stream.events import (
     BlockFinished,
@@ -32,9 +27,9 @@ from rsq_stream.events import (
     UnitsDone,
 )
 from rsq_stream.planner import Settings
+from tests.cli_runs import LAUNCH, Run
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
-LAUNCH = "from rsq_stream.cli.main import main; main()"
 JOB_FLAGS = """
     --asymmetric --batch --bits --calibration --damping --device --expand
     --group-scales --group-size --importance --importance-max --importance-min
@@ -47,6 +42,7 @@ FLAGS = {
     "plan": JOB_FLAGS,
     "status": "",
     "inspect": "--all",
+    "verify": "--against",
     "eval": """
         --against --bos --device --max-windows --no-bos --sample --sample-tokens
         --sequence-length --text --threads
@@ -55,37 +51,6 @@ FLAGS = {
     "doctor": "--work-dir",
 }
 EVERYWHERE = "--debug --json --quiet"
-SMALL = (
-    *("--calibration", str(CALIBRATION), "--device", "cpu"),
-    *("--samples", "8", "--sequence-length", "64"),
-)
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; gives exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        code = stopped.value.code
-        return code if isinstance(code, int) else 0, out, err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished output, by rounding."""
-    output = tmp_path_factory.mktemp("quantized") / "out"
-    with pytest.raises(SystemExit):
-        main(["quantize", str(MODEL), "--method", "rtn", "--output", str(output)])
-    assert (output / "rsq_stream.json").is_file()
-    return output
 
 
 def record(name: str, error: float, **changed: Any) -> LinearRecord:
@@ -307,180 +272,3 @@ def test_debug_shows_the_error_itself(
         bounded(broken, debug=True)()
     with pytest.raises(typer.Exit):
         bounded(broken, debug=False)()
-
-
-def test_dry_run_shows_the_plan_and_makes_nothing(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    code, out, err = run("quantize", MODEL, *SMALL, "--output", output, "--dry-run")
-    assert (code, err) == (0, "")
-    assert "bits per weight" in out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_plan_needs_no_calibration_text(run: Run, tmp_path: Path) -> None:
-    code, out, _ = run("plan", MODEL, "--output", tmp_path / "out", "--json")
-    made = json.loads(out)
-    assert code == 0
-    assert set(made) == {"plan", "execution", "plan_sha256"}
-    assert made["plan"]["calibration"] == "wikitext2"
-    assert made["plan"]["windows_sha256"] == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_plan_names_fallbacks_and_rotation(run: Run, tmp_path: Path) -> None:
-    config = json.loads((MODEL / "config.json").read_text())
-    _, out, _ = run("plan", MODEL, "--output", tmp_path / "out", "--group-size", "-1")
-    assert f"hadamard-{config['hidden_size']}" in out
-    assert "one scale a row" in out
-
-
-def test_quantize_reports_what_it_made(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    arguments = ("quantize", MODEL, *SMALL, "--bits", "3", "--asymmetric")
-    code, out, err = run(*arguments, "--output", output)
-    assert code == 0
-    assert err.count("\nblock ") + err.startswith("block ") == 4
-    assert "notice: transformers loads asymmetric codes only with" in err
-    assert f"rsq-stream eval {output}" in out
-    assert "median" in out
-    assert not output.with_name("out.work").exists()
-
-
-def test_quantize_json_is_one_object(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    code, out, err = run(
-        "quantize", MODEL, "--method", "rtn", "--output", output, "--json"
-    )
-    made = json.loads(out)
-    assert code == 0
-    assert "block " not in err
-    assert made["output"] == str(output)
-    files = [file.stat().st_size for file in output.iterdir()]
-    seal = (output / "rsq_stream.sha256").stat().st_size
-    assert made["output_bytes"] == sum(files) - seal
-    assert len(made["linears"]) == 28
-
-
-def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
-    code, out, err = run(
-        "quantize", MODEL, "--method", "rtn", "--output", tmp_path / "out", "--quiet"
-    )
-    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert (code, out, lines) == (0, "", [])
-
-
-def test_inspect(run: Run, quantized: Path) -> None:
-    code, out, err = run("inspect", quantized)
-    assert (code, err) == (0, "")
-    assert "linear (the worst)" in out
-    assert out.count("_proj") == 10
-    assert run("inspect", quantized, "--all")[1].count("_proj") == 28
-    made = json.loads(run("inspect", quantized, "--json")[1])
-    assert len(made["linears"]) == 28
-
-
-def test_eval_of_a_source_and_of_an_output(run: Run, quantized: Path) -> None:
-    code, out, err = run(
-        *("eval", quantized, "--text", HELD_OUT, "--against", MODEL, "--json"),
-        *("--sequence-length", "64", "--max-windows", "4", "--device", "cpu"),
-        *("--sample", "def ", "--sample-tokens", "2"),
-    )
-    found = json.loads(out)
-    assert (code, err) == (0, "")
-    assert found["windows"] == 4
-    assert found["kl_divergence"] > 0
-    assert found["sample"].startswith("def ")
-    limits = ("--sequence-length", "64", "--max-windows", "4", "--device", "cpu")
-    code, out, _ = run("eval", MODEL, "--text", HELD_OUT, *limits)
-    assert code == 0
-    assert f"{found['against_perplexity']:.4f}" in out
-
-
-def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo_command, "METHODS", ("rtn",))
-    monkeypatch.setattr(demo_command, "_WINDOWS", 2)
-    monkeypatch.setattr(demo_command, "_SAMPLE_TOKENS", 2)
-    folder = tmp_path / "demo"
-    code, out, _ = run("demo", "--bits", "2", "--output", folder, "--json")
-    lines = json.loads(out)["lines"]
-    assert code == 0
-    assert [line["method"] for line in lines] == ["source", "rtn"]
-    assert lines[1]["bytes"] < lines[0]["bytes"]
-    assert (folder / "rtn-2bit" / "rsq_stream.json").is_file()
-
-
-def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor_command, "_PROBE_BYTES", 2**24)
-    code, out, err = run("doctor", "--work-dir", tmp_path, "--json")
-    found = json.loads(out)
-    assert (code, err, found["ok"]) == (0, "", True)
-    assert list(tmp_path.iterdir()) == []
-    code, out, _ = run("doctor", "--work-dir", tmp_path / "absent")
-    assert code == 1
-    assert "FAILED" in out
-
-
-def test_second_signal_stops_at_once() -> None:
-    program = (
-        "import os, signal, time\n"
-        "from rsq_stream.cli.stopping import StopRequest\n"
-        "with StopRequest() as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    assert stop.event.wait(5)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(5)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 130
-    assert done.stderr.split("\n") == [
-        "",
-        "stopping at the next safe point; Ctrl-C again stops at once",
-        "stopped at once; the same command goes on after the last finished block",
-        "",
-    ]
-
-
-def test_ctrl_c_then_the_same_command_gives_the_same_bytes(
-    run: Run, tmp_path: Path
-) -> None:
-    def arguments(name: str) -> list[str]:
-        options = ["--samples", "16", "--sequence-length", "512", "--bits", "2"]
-        options += ["--group-size", "64", "--calibration", str(CALIBRATION)]
-        return ["quantize", str(MODEL), *options, "--output", str(tmp_path / name)]
-
-    command = [sys.executable, "-P", "-c", LAUNCH, *arguments("stopped")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("block 1/"):
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == 130, rest
-    assert "stopping at the next safe point" in rest
-    assert "stopped; the same command goes on after block" in rest.splitlines()[-1]
-    assert "Traceback" not in rest
-
-    code, out, _ = run("status", tmp_path / "stopped.work", "--json")
-    found = json.loads(out)
-    assert (code, found["process"]) == (0, None)
-    assert 1 <= found["blocks_done"] < 4
-    assert found["plan"]["bits"] == 2
-    assert "blocks done" in run("status", tmp_path / "stopped.work")[1]
-
-    code, _, err = run(*arguments("stopped"))
-    assert code == 0
-    assert f"notice: going on after block {found['blocks_done']} of 4" in err
-    code, _, err = run(*arguments("straight"))
-    assert (code, "going on" in err) == (0, False)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -12,7 +12,6 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import is_match
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
-from transformers.utils import logging
 
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.solver import round_to_nearest
@@ -21,6 +20,7 @@ from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS
 from rsq_stream.ops.pool import Pool
 from rsq_stream.packed_format import decode_linear, schemes_of
 from tests.toy import (
+    calm,
     contents,
     decoded_state,
     linear_names,
@@ -72,10 +72,9 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+def _calm() -> Iterator[None]:
+    with calm():
+        yield
 
 
 def logits(model: Any) -> Tensor:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rsq_stream.calibration import Windows
 from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
@@ -73,11 +75,11 @@ def toy_checkpoint(
         hidden_size=width,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=width // heads,
+        head_dim=config.pop("head_dim", width // heads),
         intermediate_size=mlp,
         num_hidden_layers=blocks,
         vocab_size=vocabulary,
-        max_position_embeddings=256,
+        max_position_embeddings=config.pop("max_position_embeddings", 256),
         tie_word_embeddings=tied,
         **config,
     )
@@ -233,6 +235,22 @@ def decoded_state(output: Path) -> dict[str, Tensor]:
         elif not kind.startswith("weight_"):
             state[name] = checkpoint.read(name)
     return state
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Run torch on one thread, and transformers without progress bars.
+
+    Products of a toy are so small that two threads only wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        torch.set_num_threads(threads)
 
 
 class Recorder:

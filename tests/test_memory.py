@@ -1,0 +1,127 @@
+"""Host memory does not grow with the calibration set: the promise, measured."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from rsq_stream.planner import inspect_checkpoint, plan_execution
+from tests.toy import (
+    contents,
+    open_toy,
+    options_for,
+    plan_toy,
+    run_toy,
+    toy_checkpoint,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS, WIDTH = 512, 256
+SEQUENCE_BYTES = TOKENS * WIDTH * 2
+PLAN = {
+    "unit_sequences": 4,
+    "hessian_panel": 128,
+    "tile_columns": 128,
+    "tile_rows": 128,
+    "shard_bytes": 4_000_000_000,
+}
+SLACK_BYTES = 16 << 20
+"""What the budget has above the planner's least: less than a slot of 64 samples."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Highest memory of a process, its own and with the files it maps."""
+
+    anonymous: int
+    resident: int
+
+
+def child() -> None:
+    """Quantize in a process of its own: folder, output, samples, budget or 0."""
+    folder, output, samples, ram = sys.argv[1:]
+    options = options_for(Path(output))
+    fields = {"samples": int(samples), "sequence_length": TOKENS, "plan": PLAN}
+    if ram == "least":
+        plan, _ = plan_toy(Path(folder), method="quarot", **fields)
+        checkpoint = open_toy(Path(folder))
+        architecture = inspect_checkpoint(checkpoint)
+        made = plan_execution(checkpoint, architecture, plan, options)
+        used = psutil.Process().memory_info().rss
+        ram = str(used + made.working_bytes + SLACK_BYTES)
+    run_toy(
+        Path(folder),
+        Path(output),
+        method="quarot",
+        options={"workers": 2, "units_in_flight": 4, "ram_bytes": int(ram)},
+        **fields,
+    )
+    sys.stdout.write(ram)
+
+
+def run(folder: Path, output: Path, samples: int, ram: str) -> tuple[Peak, int]:
+    """Quantize in another process; gives its peak and the budget it had."""
+    program = "from tests.test_memory import child; child()"
+    arguments = [folder, output, str(samples), ram]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    status, highest = Path(f"/proc/{process.pid}/status"), {"RssAnon": 0, "VmRSS": 0}
+    while process.poll() is None:
+        for line in status.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in highest:
+                highest[key] = max(highest[key], int(value.split()[0]) * 1024)
+        time.sleep(0.02)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    return Peak(highest["RssAnon"], highest["VmRSS"]), int(said)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_checkpoint(
+        tmp_path_factory.mktemp("memory") / "toy",
+        width=WIDTH,
+        heads=4,
+        kv_heads=1,
+        mlp=64,
+        dtype=torch.bfloat16,
+        head_dim=32,
+        max_position_embeddings=TOKENS,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's /proc"
+)
+def test_memory_does_not_grow_with_the_samples(toy: Path, tmp_path: Path) -> None:
+    few, ram = run(toy, tmp_path / "few", 64, "least")
+    many, _ = run(toy, tmp_path / "many", 2048, str(ram))
+    added = (2048 - 64) * SEQUENCE_BYTES
+    assert added > 500_000_000
+    growth = many.anonymous - few.anonymous
+    assert growth < 0.05 * added, f"{few}, {many}, budget {ram}"
+    assert many.resident <= ram, f"{few}, {many}, budget {ram}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's /proc"
+)
+def test_memory_decides_no_byte(toy: Path, tmp_path: Path) -> None:
+    small, _ = run(toy, tmp_path / "small", 256, "least")
+    large, _ = run(toy, tmp_path / "large", 256, str(64 << 30))
+    assert contents(tmp_path / "small") == contents(tmp_path / "large")
+    # Three slots in memory, less what may spill in the small run.
+    assert large.anonymous - small.anonymous > 2 * 256 * SEQUENCE_BYTES
