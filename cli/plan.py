@@ -92,22 +92,19 @@ def rows(made: Prepared) -> dict[str, str]:
 
 def warn_about_disk(made: Prepared) -> None:
     """Warn if output and scratch cannot both fit where they go."""
+    from rsq_stream.storage.atomic import shortage
+
     options, execution = made.options, made.execution
     if options.work_dir.exists():
         return  # some of the bytes are there already
-    needs = [(options.output, execution.output_bytes)]
-    needs.append((options.work_dir, execution.scratch_bytes))
-    by_disk: dict[int, int] = {}
-    for folder, needed in needs:
-        disk = _existing(folder).stat().st_dev
-        by_disk[disk] = by_disk.get(disk, 0) + needed
-        free = _free_bytes(folder)
-        if by_disk[disk] > free:
-            remark(
-                "warning",
-                f"{folder}: {size(by_disk[disk])} will be needed on this disk,"
-                f" {size(free)} are free",
-            )
+    missing = shortage(
+        [
+            (options.output, execution.output_bytes),
+            (options.work_dir, execution.scratch_bytes),
+        ]
+    )
+    if missing:
+        remark("warning", missing)
 
 
 def _resident_bytes(made: Prepared) -> int:

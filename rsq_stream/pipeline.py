@@ -18,7 +18,7 @@ from rsq_stream.block_progress import BlockProgress
 from rsq_stream.block_solver import BlockSolver, make_grid, round_block
 from rsq_stream.calibration import Windows
 from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
-from rsq_stream.errors import Interrupted
+from rsq_stream.errors import Interrupted, ScratchError
 from rsq_stream.events import (
     BlockFinished,
     LinearRecord,
@@ -91,6 +91,8 @@ def quantize(
             folder.clear()
             OutputFolder.discard_unfinished(options.output)
         OutputFolder.require_usable(options.output, resuming=folder.has_run)
+        if not folder.has_run:
+            _require_room(execution, options)
         journal = folder.open_journal(plan.canonical_json(), plan.sha256)
         passes = Passes(pool, execution.in_flight, listener, stop or threading.Event())
         run = _Run(checkpoint, plan, execution, options, journal, passes)
@@ -111,6 +113,17 @@ def quantize(
     seconds = time.monotonic() - began
     records = tuple(run.records.values())
     return RunSummary(options.output, seconds, first, records, output_bytes)
+
+
+def _require_room(execution: ExecutionPlan, options: RunOptions) -> None:
+    """Refuse a new run that the disks cannot hold; a resumed one has its room."""
+    needs = (
+        (options.output, execution.output_bytes),
+        (options.work_dir, execution.scratch_bytes),
+    )
+    missing = atomic.shortage(needs)
+    if missing:
+        raise ScratchError(missing)
 
 
 class _Run:

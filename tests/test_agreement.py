@@ -6,6 +6,7 @@ attention; perplexities on a trained model must agree within 0.5 %.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -41,7 +42,11 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("method", ["gptq", "quarot", "rsq"])
 @pytest.mark.parametrize(("bits", "group_size"), [(3, -1), (2, 32)])
 def test_perplexity_agrees_with_the_textbook(
-    shared: Path, tmp_path: Path, method: str, bits: int, group_size: int
+    shared: Path,
+    tmp_path: Path,
+    method: Literal["gptq", "quarot", "rsq"],
+    bits: int,
+    group_size: int,
 ) -> None:
     folder = shared / "models" / "tinystories-656K"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)

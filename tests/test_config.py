@@ -186,8 +186,8 @@ def test_plan_takes_its_bounds(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 0}, "--workers must be 1 to 1024, not 0"),
-        ({"workers": 1025}, "--workers must be 1 to 1024, not 1025"),
+        ({"workers": 0}, "--threads must be 1 to 1024, not 0"),
+        ({"workers": 1025}, "--threads must be 1 to 1024, not 1025"),
         ({"units_in_flight": -1}, "--batch must be 0 (automatic) to 4096, not -1"),
         ({"units_in_flight": 4097}, "--batch must be 0 (automatic) to 4096, not 4097"),
     ],

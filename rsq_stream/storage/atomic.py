@@ -7,7 +7,7 @@ cache writes its chunks itself (through Zarr) and has them made durable here.
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,6 +130,25 @@ def explanation(path: Path, error: OSError) -> str:
             " make room and run the same command again, it goes on where it stopped"
         )
     return f"{path}: {error.strerror or error}"
+
+
+def shortage(needs: Iterable[tuple[Path, int]]) -> str | None:
+    """Say in one line which disk lacks room for (folder, bytes) still to be written.
+
+    Folders on one disk are added up. None where there is room for all of it.
+    """
+    by_disk: dict[int, int] = {}
+    for folder, needed in needs:
+        place = _existing(folder)
+        disk = place.stat().st_dev
+        by_disk[disk] = by_disk.get(disk, 0) + needed
+        free = shutil.disk_usage(place).free
+        if by_disk[disk] > free:
+            return (
+                f"{folder}: {by_disk[disk]} bytes will be needed on this disk, {free}"
+                " are free; make room, or give another --output or --work-dir"
+            )
+    return None
 
 
 def _existing(path: Path) -> Path:
