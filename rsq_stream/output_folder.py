@@ -68,8 +68,7 @@ class OutputFolder:
         self._plan = plan
         self._journal = journal
         self._layouts = plan_layouts(checkpoint, architecture, plan)
-        with atomic.explained(path):
-            path.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(path)
         done = journal.tensors()
         self._journalled = set(done)
         self._writer = ShardWriter(path, self._layouts, done)
@@ -135,7 +134,7 @@ class OutputFolder:
         own = ("model-*.safetensors", "model-*.safetensors" + atomic.PARTIAL)
         for pattern in own:
             for part in path.glob(pattern):
-                part.unlink()
+                atomic.remove_file(part)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors where they belong in the shards."""

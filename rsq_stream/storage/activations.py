@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rsq_stream.errors import ScratchError
 from rsq_stream.storage import atomic
+from rsq_stream.storage.steps import step
 
 _STORED_AS = {
     torch.float32: (np.uint32, torch.uint32),
@@ -191,7 +192,8 @@ class Slot:
     def _store(self, unit: int, x_BTD: Tensor) -> None:
         raw = x_BTD.view(_STORED_AS[x_BTD.dtype][1]).numpy()
         try:
-            self._open()[self._rows(unit)] = raw
+            with step("write", self._chunk_path(unit)):
+                self._open()[self._rows(unit)] = raw
         except OSError as error:
             raise ScratchError(atomic.explanation(self.folder, error)) from error
         self.checksums[unit] = zlib.crc32(raw.data)

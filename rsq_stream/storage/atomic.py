@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rsq_stream.errors import RsqError, ScratchError
+from rsq_stream.storage.steps import step
 
 PARTIAL = ".partial"
 """Suffix of files that are not what their name says yet."""
@@ -21,27 +22,38 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a whole file so that its name never shows a part of it."""
     with explained(path):
         partial = path.with_name(path.name + PARTIAL)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with step("write", partial):
+            partial.write_bytes(content)
+        sync_file(partial)
         rename(partial, path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those it lies in, so that a power cut cannot undo it."""
+    with explained(path):
+        if not path.is_dir():
+            with step("write", path):
+                path.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
     """Give a finished, fsynced file its name, durably."""
-    source.replace(target)
+    with step("rename", source, target):
+        source.replace(target)
     sync_folder(target.parent)
 
 
 def sync_file(path: Path) -> None:
     """Make a file's content survive a power cut."""
-    _sync(path, os.O_RDONLY)
+    with step("sync", path):
+        _sync(path, os.O_RDONLY)
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a power cut."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    with step("sync folder", path):
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -70,7 +82,7 @@ class PartialFile:
         """Put bytes at an offset."""
         if offset < 0 or offset + len(content) > self.size:
             raise ValueError(f"{self.path}: bytes beyond the file's size")
-        with explained(self.path):
+        with explained(self.path), step("write", self._partial):
             while content:
                 done = os.pwrite(self._descriptor, content, offset)
                 offset, content = offset + done, content[done:]
@@ -84,7 +96,7 @@ class PartialFile:
         """Make everything written so far durable."""
         if self._dirty:
             with explained(self.path):
-                os.fsync(self._descriptor)
+                sync_file(self._partial)
                 sync_folder(self.path.parent)
             self._dirty = False
 
@@ -106,8 +118,15 @@ class PartialFile:
 def remove_tree(folder: Path) -> None:
     """Remove a folder with all that is in it, if it is there."""
     if folder.exists():
-        with explained(folder):
+        with explained(folder), step("remove", folder):
             shutil.rmtree(folder)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there."""
+    if path.exists():
+        with explained(path), step("remove", path):
+            path.unlink()
 
 
 @contextmanager

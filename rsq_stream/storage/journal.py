@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rsq_stream.errors import ScratchError
+from rsq_stream.storage.steps import step
 
 NAME = "journal.sqlite"
 
@@ -64,8 +65,8 @@ class Journal:
 
     def put(self, facts: Mapping[str, str]) -> None:
         """Write facts about the run, all of them or none."""
-        with self._explained(), self._database:
-            self._database.executemany(
+        with self._transaction() as database:
+            database.executemany(
                 "INSERT OR REPLACE INTO run VALUES (?, ?)", facts.items()
             )
 
@@ -82,7 +83,7 @@ class Journal:
 
         The caller has fsynced the chunks and the tensors before.
         """
-        with self._explained(), self._database as database:
+        with self._transaction() as database:
             self._put(block, {slot: chunks}, linears, tensors)
             database.execute("DELETE FROM stages")
             database.execute(
@@ -101,7 +102,7 @@ class Journal:
 
         The caller has fsynced the chunks and the tensors before.
         """
-        with self._explained(), self._database as database:
+        with self._transaction() as database:
             self._put(block, chunks, linears, tensors)
             database.execute(
                 "INSERT OR REPLACE INTO stages VALUES (?, ?)", (block, stage)
@@ -137,7 +138,7 @@ class Journal:
 
     def finish_shard(self, name: str, size_bytes: int, sha256: str) -> None:
         """Commit an output shard that has its final name."""
-        with self._explained(), self._database as database:
+        with self._transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO shards VALUES (?, ?, ?)",
                 (name, size_bytes, sha256),
@@ -175,6 +176,11 @@ class Journal:
     def _rows(self, query: str, *values: object) -> list[Any]:
         with self._explained():
             return self._database.execute(query, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._explained(), step("commit", self.path), self._database as database:
+            yield database
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -35,8 +35,8 @@ class RunFolder:
         self.path = path
         self._journal: Journal | None = None
         self._lock = -1
+        atomic.make_folder(path)
         with atomic.explained(path):
-            path.mkdir(parents=True, exist_ok=True)
             foreign = sorted(entry.name for entry in self._foreign())
             if foreign and not self.has_run:
                 raise ScratchError(
@@ -77,7 +77,7 @@ class RunFolder:
             for name in (JOURNAL, *OWN_FILES):
                 for ending in _ENDINGS:
                     if name != _LOCK:
-                        (self.path / (name + ending)).unlink(missing_ok=True)
+                        atomic.remove_file(self.path / (name + ending))
             for name in OWN_FOLDERS:
                 atomic.remove_tree(self.path / name)
 
@@ -118,7 +118,7 @@ class RunFolder:
         """Remove lock and folder; a folder that holds anything else stays."""
         with atomic.explained(self.path):
             if not self._foreign():
-                (self.path / _LOCK).unlink(missing_ok=True)
+                atomic.remove_file(self.path / _LOCK)
                 self.path.rmdir()
 
     def remove(self) -> None:
