@@ -8,6 +8,7 @@ complete.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ MANIFEST = "rsq_stream.json"
 SEAL = "rsq_stream.sha256"
 CONFIG = "config.json"
 CARD = "README.md"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def plan_layouts(
@@ -71,8 +73,25 @@ class OutputFolder:
         atomic.make_folder(path)
         done = journal.tensors()
         self._journalled = set(done)
+        self._require_parts()
         self._writer = ShardWriter(path, self._layouts, done)
         self._adopt_named_shards()
+
+    def _require_parts(self) -> None:
+        """Notice before the next block if a shard that was begun is gone."""
+        for layout in self._layouts:
+            if self._journalled.isdisjoint(layout.places):
+                continue
+            path = self._path / layout.name
+            parts = (path, path.with_name(path.name + atomic.PARTIAL))
+            if not any(
+                part.is_file() and part.stat().st_size == layout.size_bytes
+                for part in parts
+            ):
+                raise OutputError(
+                    f"{path}: the run in the work folder began this shard, and it is"
+                    " gone or cut short; give the --output it had, or --restart"
+                )
 
     def _adopt_named_shards(self) -> None:
         """After a kill between a shard's rename and its journal row: add the row."""
@@ -126,14 +145,16 @@ class OutputFolder:
     def discard_unfinished(path: Path) -> None:
         """For ``--restart``: remove what an unfinished run left in the output.
 
-        A finished output (it has its seal) and foreign files are left alone, so
-        that ``require_usable`` can refuse them.
+        Only called where the work folder holds such a run. A finished output (it
+        has its seal) and foreign files are left alone, so that ``require_usable``
+        can refuse them.
         """
         if not path.is_dir() or (path / SEAL).exists():
             return
-        own = ("model-*.safetensors", "model-*.safetensors" + atomic.PARTIAL)
-        for pattern in own:
-            for part in path.glob(pattern):
+        small = {CONFIG, INDEX, CARD, MANIFEST, SEAL, *SIDE_FILES}
+        for part in sorted(path.iterdir()):
+            name = part.name.removesuffix(atomic.PARTIAL)
+            if name in small or _SHARD.fullmatch(name):
                 atomic.remove_file(part)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:

@@ -87,9 +87,9 @@ def quantize(
         RunFolder(options.work_dir) as folder,
         single_threaded_products(options.workers) as pool,
     ):
-        if options.restart:
-            folder.clear()
+        if options.restart and folder.has_run:
             OutputFolder.discard_unfinished(options.output)
+            folder.clear()
         OutputFolder.require_usable(options.output, resuming=folder.has_run)
         if not folder.has_run:
             _require_room(execution, options)

@@ -73,7 +73,7 @@ def test_a_foreign_file_is_refused_and_kept(
     output = tmp_path / "out"
     output.mkdir()
     (output / "thesis.md").write_text("years of work")
-    message = r"out: the output folder must be new or empty, it holds thesis.md and 0"
+    message = r"out: the output folder must be new or empty, it holds thesis.md;"
     with pytest.raises(OutputError, match=message):
         run_toy(toy, output, **RUN, options=options)
     assert contents(output) == {"thesis.md": b"years of work"}

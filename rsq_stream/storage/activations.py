@@ -10,11 +10,13 @@ checksum is kept, and checked when the chunk is read.
 """
 
 import os
+import re
 import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from rsq_stream.errors import ScratchError
+from rsq_stream.errors import RsqError, ScratchError
 from rsq_stream.storage import atomic
 from rsq_stream.storage.steps import step
 
@@ -82,6 +84,26 @@ def has_direct_io(folder: Path) -> bool:
         return True
     finally:
         probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what Zarr and zarrs raise into one line; zarrs hides the system's error."""
+    try:
+        with atomic.explained(path):
+            yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RsqError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        code = re.search(r"\(os error (\d+)\)", reason)
+        if code:
+            system = OSError(int(code[1]), os.strerror(int(code[1])))
+            raise ScratchError(atomic.explanation(path, system)) from error
+        raise ScratchError(
+            f"{path}: the stored activations are damaged or missing; --restart starts"
+            " the run over"
+        ) from error
 
 
 class Slot:
@@ -170,7 +192,7 @@ class Slot:
                 "codec_pipeline.direct_io": self._direct,
                 "threading.max_workers": 1,
             }
-            with zarr.config.set(settings), atomic.explained(self.folder):
+            with zarr.config.set(settings), _explained(self.folder):
                 if (self.folder / "zarr.json").exists():
                     self._array = zarr.open_array(self.folder, mode="r+")
                 else:
@@ -191,15 +213,14 @@ class Slot:
 
     def _store(self, unit: int, x_BTD: Tensor) -> None:
         raw = x_BTD.view(_STORED_AS[x_BTD.dtype][1]).numpy()
-        try:
-            with step("write", self._chunk_path(unit)):
-                self._open()[self._rows(unit)] = raw
-        except OSError as error:
-            raise ScratchError(atomic.explanation(self.folder, error)) from error
+        path = self._chunk_path(unit)
+        with _explained(path), step("write", path):
+            self._open()[self._rows(unit)] = raw
         self.checksums[unit] = zlib.crc32(raw.data)
 
     def _load(self, unit: int) -> Tensor:
-        raw = np.ascontiguousarray(self._open()[self._rows(unit)])
+        with _explained(self._chunk_path(unit)):
+            raw = np.ascontiguousarray(self._open()[self._rows(unit)])
         if self.checksums.get(unit) != zlib.crc32(raw.data):
             raise ScratchError(
                 f"{self._chunk_path(unit)}: the stored activations are damaged or"

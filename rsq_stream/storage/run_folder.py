@@ -127,6 +127,7 @@ class RunFolder:
             self._journal.close()
             self._journal = None
         self.clear()
+        self.close()
 
 
 def mismatch(path: Path, before: str, now: str) -> str:
