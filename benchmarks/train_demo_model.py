@@ -7,9 +7,10 @@ run to one folder::
 
     python benchmarks/train_demo_model.py --output demo --minutes 81
 
-The learning rate follows the larger of the two fractions spent, of the steps
-and of the minutes, so the schedule ends in full whichever limit comes first.
-SIGTERM or Ctrl-C ends the training early and keeps the best weights so far.
+The learning rate follows the larger of the fractions of steps and of minutes
+spent, so the schedule ends in full whichever limit comes first.
+SIGTERM or Ctrl-C ends the training early and keeps the best weights so far;
+``--start FOLDER`` goes on from the weights of an earlier run.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ SLICE_BYTES = 300_000
 SEPARATOR = "\n\n"
 WINDOW = 512
 SEED = 20240311
-# Minutes and steps end the run, batch counts windows a step, every counts steps
-# between evaluations, patience counts evaluations without a new best.
+# Batch counts windows, every: steps between evaluations, patience: evaluations.
 LIMITS = {"minutes": 81.0, "steps": 20_000, "every": 200, "patience": 10}
-LIMITS |= {"batch": 8, "rate": 2.5e-3, "threads": 2}
+LIMITS |= {"batch": 8, "rate": 2.5e-3, "warmup": 200, "threads": 2, "seed": SEED}
 SOURCES = """# Sources of the demo data
 
 The text slices are whole modules of the CPython {} standard library,
@@ -51,8 +51,7 @@ slice, by `benchmarks/train_demo_model.py`. The calibration slice is part of
 the training text.
 """
 NOTICE = """heldout.txt and calibration.txt are excerpts (whole modules, listed in
-SOURCES.md) from the CPython {} standard library.
-
+SOURCES.md) from the CPython {} standard library.\n
 """
 
 
@@ -90,10 +89,10 @@ def choose_slice(modules: dict[str, str], purpose: str) -> list[str]:
         Names in sorted order: at most two of one top-level package, each of
         2 kB to 45 kB, together at most ``SLICE_BYTES`` once joined.
     """
-    salted = {f"{SEED}:{purpose}:{name}": name for name in modules}
-    order = sorted(salted, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    salted = {f"{SEED}:{purpose}:{name}".encode(): name for name in modules}
+    order = sorted(salted, key=lambda salt: hashlib.sha256(salt).digest())
     chosen, total = [], 0
-    for name in map(salted.__getitem__, order):
+    for name in map(salted.get, order):
         size = len(modules[name].encode()) + len(SEPARATOR)
         package = name.split("/")[0]
         crowded = [other.split("/")[0] for other in chosen].count(package) >= 2
@@ -126,14 +125,16 @@ def train_tokenizer(texts: list[str], folder: Path) -> hf.PreTrainedTokenizerBas
     return hf.AutoTokenizer.from_pretrained(folder)
 
 
-def new_model() -> Model:
-    """Build the untrained model in fp32; ids 0 and 1 are bos and eos."""
+def new_model(start: Path | None) -> Model:
+    """Load the model at ``start`` in fp32, or build an untrained one."""
+    if start:
+        return Model.from_pretrained(start, dtype=torch.float32)
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
     tokens = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 1}
-    rest = {"max_position_embeddings": WINDOW, "rms_norm_eps": 1e-5}
-    rest["tie_word_embeddings"] = True
-    return Model(hf.LlamaConfig(**shape, **heads, **tokens, **rest)).float()
+    rest = {"max_position_embeddings": WINDOW, "tie_word_embeddings": True}
+    config = hf.LlamaConfig(**shape, **heads, **tokens, **rest, rms_norm_eps=1e-5)
+    return Model(config).float()
 
 
 def save_model(model: Model, folder: Path) -> None:
@@ -162,7 +163,7 @@ def mean_loss(model: Model, windows: Tensor) -> float:
 
 
 def train(model: Model, ids: Tensor, held_out: Tensor, args: Namespace) -> dict:
-    """Train: 200 steps of warm-up, a constant rate, 60 % of linear decay.
+    """Train: a warm-up, a constant rate, 60 % of linear decay.
 
     Parameters
     ----------
@@ -173,22 +174,22 @@ def train(model: Model, ids: Tensor, held_out: Tensor, args: Namespace) -> dict:
     held_out : Tensor
         Windows of the held-out slice.
     args : Namespace
-        The command line.
+        The command line; each new best goes to its ``output``.
 
     Returns
     -------
     dict
-        Steps, speed and loss history; the best weights are also in ``--output``.
+        Steps, speed and loss history.
     """
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0},
     ]
     adam = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95))
-    rng = torch.Generator().manual_seed(SEED)
-    history: list[dict[str, float]] = []
+    rng = torch.Generator().manual_seed(args.seed)
     best, best_state, misses = math.inf, copy.deepcopy(model.state_dict()), 0
-    start, recent, step, ended = time.monotonic(), [], 0, "interrupted"
+    history, recent, step, ended = [], [], 0, "interrupted"
+    start = time.monotonic()
     try:
         while True:
             seconds = time.monotonic() - start
@@ -207,7 +208,8 @@ def train(model: Model, ids: Tensor, held_out: Tensor, args: Namespace) -> dict:
             if progress == 1.0 or misses >= args.patience:
                 ended = "limit" if progress == 1.0 else "early stop"
                 break
-            rate = args.rate * min(1.0, (step + 1) / 200, (1.0 - progress) / 0.6)
+            rise, fall = (step + 1) / args.warmup, (1.0 - progress) / 0.6
+            rate = args.rate * min(1.0, rise, fall)
             adam.param_groups[0]["lr"] = adam.param_groups[1]["lr"] = rate
             starts = torch.randint(len(ids) - WINDOW, (args.batch, 1), generator=rng)
             batch = ids[starts + torch.arange(WINDOW)]
@@ -239,12 +241,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stdlib", type=Path, default=sysconfig.get_path("stdlib"))
     parser.add_argument("--cpython", default=platform.python_version())
+    parser.add_argument("--start", type=Path, help="model folder to go on from")
     for name, value in LIMITS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(args.threads)
-    torch.manual_seed(SEED)
+    torch.manual_seed(args.seed)
     out, folder = args.output, args.output / "model"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -260,16 +263,14 @@ def main() -> None:
     write(out / "SOURCES.md", sources)
     licence = (args.stdlib / "LICENSE.txt").read_text(encoding="utf-8")
     write(out / "LICENSE-PSF.txt", NOTICE.format(args.cpython) + licence)
-
     tokenizer = train_tokenizer(list(training.values()), folder)
     stream = [i for t in training.values() for i in (0, *tokenizer.encode(t))]
     ids = torch.tensor(stream)
     held_out = windows_of(torch.tensor(tokenizer.encode(texts["heldout"])))
-    model = new_model()
+    model = new_model(args.start)
     record = {
         "cpython": args.cpython,
         "torch": torch.__version__,
-        "seed": SEED,
         "settings": {name: getattr(args, name) for name in LIMITS},
         "train_modules": len(training),
         "train_bytes": sum(len(t.encode()) for t in training.values()),
@@ -279,16 +280,15 @@ def main() -> None:
     }
     print(json.dumps(record), flush=True)
     run = train(model, ids, held_out, args)
-
     losses = {"held_out_fp32": mean_loss(model, held_out)}
     save_model(model, folder)
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses["held_out_bf16"] = mean_loss(model, held_out)
-    stride = len(ids) // WINDOW // len(held_out)
-    losses["train_bf16"] = mean_loss(model, windows_of(ids)[::stride][: len(held_out)])
-    prompt = torch.tensor([[0, *tokenizer.encode("def ")]])
-    sample = model.eval().generate(prompt, max_new_tokens=200, do_sample=False)
-    lines = tokenizer.decode(sample[0], skip_special_tokens=True).split("\n")
+    sample = windows_of(ids)[:: len(ids) // held_out.numel()][: len(held_out)]
+    losses["train_bf16"] = mean_loss(model, sample)
+    prompt = torch.tensor([[0, *tokenizer.encode("import os\n\n\ndef")]])
+    output = model.eval().generate(prompt, max_new_tokens=200, do_sample=False)
+    lines = tokenizer.decode(output[0], skip_special_tokens=True).splitlines()
     record["loss"] = {name: round(loss, 5) for name, loss in losses.items()}
     record["perplexity"] = {k: round(math.exp(v), 4) for k, v in losses.items()}
     record["greedy_sample"] = lines[:10]

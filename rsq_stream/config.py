@@ -102,6 +102,14 @@ class QuantizationPlan:
             self.importance,
             _one_of(IMPORTANCES),
         )
+        _require(1 <= self.clip_steps <= 99, "clip-steps", self.clip_steps, "1 to 99")
+        _require(
+            1 <= self.clip_exponent <= 8,
+            "clip-exponent",
+            self.clip_exponent,
+            "1 to 8",
+        )
+        _require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
         _require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
         _require(
             0 <= self.importance_min <= self.importance_max,
@@ -110,8 +118,21 @@ class QuantizationPlan:
             f"0 to importance-max ({self.importance_max})",
         )
         _require(
-            self.importance_max > 0, "importance-max", self.importance_max, "above 0"
+            0 < self.importance_max < float("inf"),
+            "importance-max",
+            self.importance_max,
+            "above 0 and finite",
         )
+        for name in ("cache_type", "compute_type"):
+            _require(
+                getattr(self, name) in FLOAT_TYPES,
+                name.replace("_", "-"),
+                getattr(self, name),
+                _one_of(FLOAT_TYPES),
+            )
+        for name in ("unit_sequences", "hessian_panel", "tile_columns", "tile_rows"):
+            size = getattr(self, name)
+            _require(size >= 1, name.replace("_", "-"), size, "1 or more")
         _require(self.samples >= 1, "samples", self.samples, "1 or more")
         _require(
             self.sequence_length >= 2,

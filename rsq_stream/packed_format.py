@@ -19,7 +19,7 @@ from torch import Tensor
 from rsq_stream.algorithm.grid import decode
 from rsq_stream.algorithm.packing import pack, packed_words, unpack
 from rsq_stream.algorithm.solver import Solution
-from rsq_stream.config import QuantizationPlan
+from rsq_stream.config import GROUP_SIZES, QuantizationPlan
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.architecture import (
     EMBEDDING,
@@ -32,6 +32,14 @@ from rsq_stream.model.architecture import (
 from rsq_stream.storage.writer import OutputTensor
 
 FORMAT = "pack-quantized"
+_IGNORED = ["lm_head"]
+_OURS = {
+    "type": ("int",),
+    "strategy": ("channel", "group"),
+    "dynamic": (False, None),
+    "actorder": (None, "weight", "static"),
+}
+"""What we write, or what means the same; anything else would be read wrongly."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ def quantization_config(
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": _IGNORED,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -205,9 +213,11 @@ def schemes_of(config: Mapping[str, Any], where: str) -> dict[str, Scheme] | Non
         return None
     found: dict[str, Scheme] = {}
     try:
-        ours = quantization["format"] == FORMAT
+        ours = quantization["format"] == FORMAT and quantization["ignore"] == _IGNORED
         for group in quantization["config_groups"].values() if ours else ():
             weights = group["weights"]
+            if any(weights.get(key) not in wanted for key, wanted in _OURS.items()):
+                break
             scheme = Scheme(
                 int(weights["num_bits"]),
                 int(weights["group_size"] or -1),
@@ -219,7 +229,8 @@ def schemes_of(config: Mapping[str, Any], where: str) -> dict[str, Scheme] | Non
     except (AttributeError, KeyError, TypeError, ValueError):
         found = {}
     if set(found) != set(LINEARS) or any(
-        not 2 <= scheme.bits <= 8 for scheme in found.values()
+        not 2 <= scheme.bits <= 8 or scheme.group_size not in GROUP_SIZES
+        for scheme in found.values()
     ):
         raise UnsupportedModelError(
             f"{where}: its quantization_config is not {FORMAT} of all linears of a"

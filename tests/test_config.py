@@ -131,7 +131,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"importance_min": 0.0, "importance_max": 0.0},
-        "--importance-max must be above 0, not 0.0",
+        "--importance-max must be above 0 and finite, not 0.0",
     ),
     ({"samples": 0}, "--samples must be 1 or more, not 0"),
     ({"sequence_length": 1}, "--sequence-length must be 2 or more, not 1"),

@@ -66,9 +66,9 @@ def test_what_is_committed_is_there_after_reopening(tmp_path: Path) -> None:
 
 def test_a_slot_forgets_the_chunks_it_held_before(tmp_path: Path) -> None:
     with Journal(tmp_path / NAME) as journal:
-        journal.finish_block(-1, "even", 0, **BEFORE)
-        journal.finish_block(0, "odd", 0, **AFTER)
-        journal.finish_block(1, "even", 0, {0: 31}, {}, {})
+        journal.finish_block(-1, "even", 0.0, **BEFORE)
+        journal.finish_block(0, "odd", 0.0, **AFTER)
+        journal.finish_block(1, "even", 0.0, {0: 31}, {}, {})
         assert journal.chunks("even") == {0: 31}
         assert journal.chunks("odd") == {0: 21}
 

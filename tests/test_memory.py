@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -47,9 +48,10 @@ def child() -> None:
     """Quantize in a process of its own: folder, output, samples, budget or 0."""
     folder, output, samples, ram = sys.argv[1:]
     options = options_for(Path(output))
-    fields = {"samples": int(samples), "sequence_length": TOKENS, "plan": PLAN}
+    fields: dict[str, Any] = {"samples": int(samples), "sequence_length": TOKENS}
+    fields |= {"method": "quarot", "plan": PLAN}
     if ram == "least":
-        plan, _ = plan_toy(Path(folder), method="quarot", **fields)
+        plan, _ = plan_toy(Path(folder), **fields)
         checkpoint = open_toy(Path(folder))
         architecture = inspect_checkpoint(checkpoint)
         made = plan_execution(checkpoint, architecture, plan, options)
@@ -58,7 +60,6 @@ def child() -> None:
     run_toy(
         Path(folder),
         Path(output),
-        method="quarot",
         options={"workers": 2, "units_in_flight": 4, "ram_bytes": int(ram)},
         **fields,
     )
@@ -68,7 +69,7 @@ def child() -> None:
 def run(folder: Path, output: Path, samples: int, ram: str) -> tuple[Peak, int]:
     """Quantize in another process; gives its peak and the budget it had."""
     program = "from tests.test_memory import child; child()"
-    arguments = [folder, output, str(samples), ram]
+    arguments = [str(folder), str(output), str(samples), ram]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

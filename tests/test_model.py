@@ -257,10 +257,7 @@ REFUSED = [
     ),
     (
         {"hidden_size": 160},
-        (
-            "hidden_size (160) is not a multiple of num_attention_heads (6)"
-            " and head_dim is not given"
-        ),
+        "hidden_size (160) must be a multiple of num_attention_heads (6)",
     ),
 ]
 

@@ -1,22 +1,19 @@
 """Stopped anywhere and started again, a run gives the bytes of one in one go."""
 
 import errno
-import itertools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rsq_stream.errors import Interrupted, ScratchError
-from rsq_stream.events import BlockFinished, Event, RunStarted
+from rsq_stream.errors import Interrupted, OutputError, ScratchError
+from rsq_stream.events import BlockFinished, Event
 from rsq_stream.storage import atomic
-from rsq_stream.storage.atomic import PartialFile
-from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.steps import observed
 from tests.toy import Recorder, contents, run_toy, toy_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,58 +133,6 @@ def test_interrupted_at_every_event(
         assert_done(output, expected)
 
 
-SEAMS: list[tuple[Any, str]] = [
-    (PartialFile, "write"),
-    (PartialFile, "commit"),
-    (atomic, "rename"),
-    (atomic, "write_file"),
-    (Journal, "put"),
-    (Journal, "finish_block"),
-    (Journal, "finish_shard"),
-]
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam[1])
-def test_stopped_at_every_write(
-    toy: Path,
-    rounded: Files,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seam: tuple[Any, str],
-    after: bool,
-) -> None:
-    original: Callable[..., Any] = getattr(*seam)
-    for place in itertools.count(step=5 if seam[1] == "write" else 1):
-        output, calls = tmp_path / str(place) / "out", itertools.count()
-
-        def counted(
-            *arguments: Any,
-            place: int = place,
-            calls: "itertools.count[int]" = calls,
-            **named: Any,
-        ) -> Any:
-            due = next(calls) == place
-            if due and not after:
-                raise KeyboardInterrupt
-            result = original(*arguments, **named)
-            if due:
-                raise KeyboardInterrupt
-            return result
-
-        monkeypatch.setattr(*seam, counted)
-        try:
-            run_toy(toy, output, method="rtn", **RUN)
-        except KeyboardInterrupt:
-            monkeypatch.setattr(*seam, original)
-            assert_only_whole_files(output, rounded)
-            run_toy(toy, output, method="rtn", **RUN)
-            assert_done(output, rounded)
-        else:
-            assert place > 1
-            break
-
-
 def test_a_full_disk_is_no_reason_to_start_over(
     toy: Path,
     whole: tuple[Files, list[Event]],
@@ -217,42 +162,74 @@ def test_a_full_disk_is_no_reason_to_start_over(
 KILLED = """
 import os, sys
 from pathlib import Path
+from rsq_stream.storage.steps import observed
 from tests.test_resume import RUN
 from tests.toy import run_toy
-toy, folder, places = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-for place in map(int, places):
+toy, folder, method, places = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+for place in map(int, places.split()):
     child = os.fork()
     if child == 0:
-        events = []
-        def die(event):
-            events.append(event)
-            if len(events) == place:
+        steps = []
+        def die(*step):
+            steps.append(step)
+            if len(steps) == place:
                 os._exit(42)
-        run_toy(toy, folder / str(place) / "out", listener=die, **RUN)
+        with observed(die):
+            run_toy(toy, folder / str(place) / "out", method=method, **RUN)
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 42, (place, code)
 """
+Step = tuple[str, str, tuple[Path, ...]]
 
 
-def test_killed_and_resumed_by_another_process(
-    toy: Path, whole: tuple[Files, list[Event]], tmp_path: Path
+def _places(steps: list[Step], method: str) -> list[int]:
+    """Choose where to kill: after what is final, and at some of all other steps."""
+    final = [
+        place
+        for place, (when, kind, _) in enumerate(steps, start=1)
+        if when == "after" and kind in ("commit", "rename", "remove")
+    ]
+    # Rounding alone has fewer steps between two commits, and is quick.
+    others = range(1, len(steps), 5 if method == "rtn" else 23)
+    return sorted({*final, *others})
+
+
+@pytest.mark.parametrize("method", ["rsq", "rtn"])
+def test_killed_at_any_step_on_disk(
+    toy: Path,
+    whole: tuple[Files, list[Event]],
+    rounded: Files,
+    tmp_path: Path,
+    method: str,
 ) -> None:
-    expected, events = whole
-    places = [1, 5, 12, 14, len(events) - 3, len(events)]
+    expected = whole[0] if method == "rsq" else rounded
+    steps: list[Step] = []
+    with observed(lambda *step: steps.append(step)):
+        run_toy(toy, tmp_path / "counted", method=method, **RUN)
+    places = _places(steps, method)
     subprocess.run(
-        [sys.executable, "-c", KILLED, toy, tmp_path, *map(str, places)],
+        [
+            sys.executable,
+            "-c",
+            KILLED,
+            toy,
+            tmp_path,
+            method,
+            " ".join(map(str, places)),
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
         timeout=240,
     )
     for place in places:
-        output = tmp_path / str(place) / "out"
+        output, where = tmp_path / str(place) / "out", steps[place - 1]
         assert_only_whole_files(output, expected)
-        recorder = Recorder()
-        run_toy(toy, output, listener=recorder, **OTHERWISE)
-        assert recorder.events[0] == RunStarted(
-            blocks=2,
-            first_block=sum(isinstance(e, BlockFinished) for e in events[:place]),
-            tokens=80,
-        )
-        assert_done(output, expected)
+        try:
+            run_toy(toy, output, method=method, **OTHERWISE)
+        except OutputError:
+            # Nothing was left to do but to remove the work folder.
+            assert contents(output) == expected, where
+            assert where[1] == "remove"
+        else:
+            assert_done(output, expected)

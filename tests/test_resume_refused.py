@@ -1,5 +1,6 @@
 """What a resume refuses, what it says then, and what ``--restart`` does about it."""
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,17 @@ def test_restart_spares_a_live_run(toy: Path, whole: Files, tmp_path: Path) -> N
     run_toy(toy, tmp_path / "out", listener=listener, **RUN)
     assert len(refused) == 1
     assert contents(tmp_path / "out") == whole
+
+
+def test_restart_discards_only_what_its_run_wrote(toy: Path, tmp_path: Path) -> None:
+    # The work folder is of a run into "out"; the model given now is another thing.
+    interrupted(toy, tmp_path / "out")
+    model = Path(shutil.copytree(toy, tmp_path / "model"))
+    before = contents(model)
+    options = {"work_dir": tmp_path / "out.work", "restart": True}
+    with pytest.raises(RsqError):
+        run_toy(toy, model, **RUN, options=options)
+    assert contents(model) == before
 
 
 def _lose_a_partial(output: Path) -> None:

@@ -29,7 +29,7 @@ class Factor:
 
     matrix_II: Float[Tensor, "I I"]
     """Above the diagonal U, below the tiles on the diagonal H."""
-    tiles: list[Float[Tensor, "C C"]]
+    tiles: list[Tensor]  # each [C, C]; the last may be smaller
     """H's own tiles on the diagonal, undamped and whole."""
     scale_I: Float[Tensor, "I"]
     """D: what an error of 1 in a column costs once later columns made up for it."""

@@ -67,7 +67,9 @@ class Grid:
     def _storable(self, scale: Tensor) -> Tensor:
         """Round to the stored type; what would be stored as 0 or infinity is mended."""
         info = torch.finfo(self.storage_type)
-        stored = scale.clamp(max=info.max).to(self.storage_type).float()
+        # Whole levels must be finite too: fp16 ends at 65504.
+        largest = info.max / (self.top + 1)
+        stored = scale.clamp(max=largest).to(self.storage_type).float()
         tiny = torch.full_like(stored, info.tiny)
         return torch.where(scale > 0, torch.maximum(stored, tiny), 1.0)
 

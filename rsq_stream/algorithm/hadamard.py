@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rsq_stream.ops.walsh import walsh_product
 
+_LARGEST_PALEY = 1024
+"""Widest Paley factor: it is applied dense, and above this a fallback is cheaper."""
 _DENSE = 64
 """Widest factor applied as one dense product; wider powers of two are split."""
 
@@ -71,7 +73,7 @@ def factors_of(order: int) -> tuple[int, int] | None:
     if odd == 1:
         return 1, order
     m = odd
-    while m <= order:
+    while m <= min(order, _LARGEST_PALEY):
         if paley(m) is not None:
             return m, order // m
         m *= 2

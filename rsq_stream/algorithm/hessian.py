@@ -22,10 +22,8 @@ class Hessian:
         self.panel = panel
         self.tokens = 0
 
-    def add(
-        self, units: list[tuple[Float[Tensor, "T I"], Float[Tensor, "T"]]], pool: Pool
-    ) -> None:
-        """Add units of (inputs, token weights), in their order.
+    def add(self, units: list[tuple[Tensor, Tensor]], pool: Pool) -> None:
+        """Add units of (inputs ``[T, I]``, token weights ``[T]``), in their order.
 
         Inputs are fp32 (or bf16 on CUDA, where the products go in hi and lo
         terms); the token weights must already be rounded to bf16.

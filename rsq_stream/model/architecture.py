@@ -45,6 +45,8 @@ class Family:
     causal_class: str
     biases: tuple[str, ...] = ()
     """Linears that always have a bias."""
+    bias_options: tuple[str, ...] = ()
+    """Which of ``attention_bias`` and ``mlp_bias`` its config.json may set."""
     head_norms: bool = False
     """RMS norms on each head of q and k."""
 
@@ -52,10 +54,21 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", "LlamaForCausalLM"),
+        Family(
+            "llama",
+            "Llama",
+            "LlamaForCausalLM",
+            bias_options=("attention_bias", "mlp_bias"),
+        ),
         Family("mistral", "Mistral", "MistralForCausalLM"),
         Family("qwen2", "Qwen2", "Qwen2ForCausalLM", biases=STAGES[0].linears),
-        Family("qwen3", "Qwen3", "Qwen3ForCausalLM", head_norms=True),
+        Family(
+            "qwen3",
+            "Qwen3",
+            "Qwen3ForCausalLM",
+            bias_options=("attention_bias",),
+            head_norms=True,
+        ),
     )
 }
 
@@ -172,17 +185,21 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             )
         return value
 
+    def has(option: str) -> bool:
+        return option in family.bias_options and bool(config.get(option, False))
+
     width, heads = size("hidden_size"), size("num_attention_heads")
-    kv_heads = size("num_key_value_heads", heads)
+    # Other families have other defaults; config.json says it for every real model.
+    kv_heads = size("num_key_value_heads", heads if kind == "llama" else None)
     if heads % kv_heads:
         raise UnsupportedModelError(
             f"{where}: num_attention_heads ({heads}) must be a multiple of"
             f" num_key_value_heads ({kv_heads})"
         )
-    if config.get("head_dim") is None and width % heads:
+    if width % heads and (kind == "llama" or config.get("head_dim") is None):
         raise UnsupportedModelError(
-            f"{where}: hidden_size ({width}) is not a multiple of"
-            f" num_attention_heads ({heads}) and head_dim is not given"
+            f"{where}: hidden_size ({width}) must be a multiple of"
+            f" num_attention_heads ({heads})"
         )
     return Architecture(
         family=family,
@@ -196,6 +213,6 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         vocabulary=size("vocab_size"),
         longest=size("max_position_embeddings", 2048),
         tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        attention_bias=has("attention_bias"),
+        mlp_bias=has("mlp_bias"),
     )

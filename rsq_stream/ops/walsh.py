@@ -9,10 +9,12 @@ import importlib.metadata
 import math
 from types import ModuleType
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 _PACKAGE = "fast-hadamard-transform"
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 1 << 15
 """Longest row that the package's kernel takes."""
 
@@ -38,7 +40,12 @@ def walsh_product(x_LN: Float[Tensor, "L N"]) -> Float[Tensor, "L N"] | None:
     The kernel takes CUDA tensors whose width is a power of two up to 32768.
     """
     width = x_LN.shape[1]
-    if not x_LN.is_cuda or width & (width - 1) or width > _LARGEST:
+    if (
+        not x_LN.is_cuda
+        or x_LN.dtype not in _TYPES
+        or width & (width - 1)
+        or width > _LARGEST
+    ):
         return None
     found = package()
     if found is None:
