@@ -118,6 +118,11 @@ class OutputFolder:
         if resuming or not path.exists():
             return
         found = sorted(entry.name for entry in path.iterdir())
+        if SEAL in found:
+            raise OutputError(
+                f"{path}: the output folder must be new or empty, it holds a finished"
+                " output; remove it or give another --output"
+            )
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise OutputError(
