@@ -4,8 +4,9 @@
 
 Runs in a process of its own: it forks a child per fault, so that torch is loaded
 once. The seam (``storage/steps.py``) names every step; at step n the child dies, or
-the step fails. For ``power`` what was not made durable is lost: files written since
-their last sync are cut or zeroed, renames whose folder was not synced are undone.
+the step fails. For ``power`` what was not made durable is lost: bytes written since
+a file's last sync are cut, zeroed or undone, and so are renames whose folder was
+not synced.
 Prints one JSON line per step: how the child ended, and whether the resumed output
 has the bytes of the uninterrupted one.
 """
@@ -46,38 +47,52 @@ RUN: dict[str, Any] = {
 
 
 class Ledger:
-    """What a power cut may still undo."""
+    """What a power cut may still undo, byte by byte."""
 
     def __init__(self) -> None:
         self.unsynced: dict[Path, None] = {}
+        self.durable: dict[Path, bytes] = {}
         self.renames: list[tuple[Path, Path]] = []
 
     def __call__(self, when: str, kind: str, paths: tuple[Path, ...]) -> None:
         # A write counts from before it happens: it may be half done.
-        if (when, kind) == ("before", "write") and paths[0].suffix != "":
+        if (when, kind) == ("before", "write"):
             self.unsynced[paths[0]] = None
-        elif (when, kind) == ("after", "sync"):
+        elif (when, kind) == ("after", "sync") and paths[0].is_file():
             self.unsynced.pop(paths[0], None)
+            self.durable[paths[0]] = paths[0].read_bytes()
         elif (when, kind) == ("after", "rename"):
             source, target = paths
             self.renames.append((source, target))
             if source in self.unsynced:
                 self.unsynced[target] = self.unsynced.pop(source)
+            if source in self.durable:
+                self.durable[target] = self.durable.pop(source)
         elif (when, kind) == ("after", "sync folder"):
             self.renames = [pair for pair in self.renames if pair[1].parent != paths[0]]
 
     def lose(self, chooser: random.Random) -> None:
-        """Cut, zero or keep what is not synced; undo or keep unsynced renames."""
-        for path in self.unsynced:
+        """Keep, undo or zero what was not synced; undo or keep unsynced renames."""
+        for path in list(self.unsynced):
             if not path.is_file():
                 continue
-            size = path.stat().st_size
-            fate = chooser.choice(("keep", "cut", "zero"))
-            if fate == "cut":
-                os.truncate(path, chooser.randint(0, size))
+            now, before = path.read_bytes(), self.durable.get(path, b"")
+            fate = chooser.choice(("keep", "undo", "zero", "cut"))
+            if fate == "undo":
+                path.write_bytes(before)
             elif fate == "zero":
-                path.write_bytes(bytes(size))
-        for source, target in reversed(self.renames):
+                padded = before.ljust(len(now), b"\0")
+                path.write_bytes(
+                    bytes(
+                        new if new == old else 0
+                        for new, old in zip(now, padded, strict=False)
+                    )
+                )
+            elif fate == "cut":
+                path.write_bytes(
+                    now[: chooser.randint(min(len(before), len(now)), len(now))]
+                )
+        for source, target in reversed(list(self.renames)):
             if target.exists() and chooser.random() < 0.5:
                 target.rename(source)
 

@@ -93,9 +93,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_checkpoint(
         tmp_path_factory.mktemp("memory") / "toy",
         width=WIDTH,
-        heads=4,
+        heads=1,
         kv_heads=1,
-        mlp=64,
+        mlp=32,
         dtype=torch.bfloat16,
         head_dim=32,
         max_position_embeddings=TOKENS,
