@@ -5,7 +5,9 @@ fsynced.
 Rollback journal and synchronous=FULL: WAL fails on network file systems.
 """
 
+import errno
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rsq_stream.errors import ScratchError
+from rsq_stream.storage import atomic
 from rsq_stream.storage.steps import step
 
 NAME = "journal.sqlite"
@@ -185,8 +188,12 @@ class Journal:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            yield
+            with atomic.explained(self.path):
+                yield
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise ScratchError(atomic.explanation(self.path, full)) from error
             raise ScratchError(
                 f"{self.path}: the journal cannot be used ({error});"
                 " --restart starts over"
