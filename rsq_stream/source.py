@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.rotation import make_rotation
 from rsq_stream.config import QuantizationPlan
+from rsq_stream.errors import CheckpointError
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -40,28 +41,56 @@ class Source:
 
     def embedding(self) -> Tensor:
         """Give the embedding as the output stores it."""
-        weight_VD = self._checkpoint.read(EMBEDDING)
+        weight_VD = self._read(EMBEDDING)
         return self._rotation.embedding(weight_VD) if self._rotation else weight_VD
 
     def head(self) -> Tensor:
         """Give the head as the output stores it: untied, where it was tied."""
         tied = self._architecture.tied
-        weight_VD = self._checkpoint.read(EMBEDDING if tied else HEAD)
+        weight_VD = self._read(EMBEDDING if tied else HEAD)
         if self._rotation is None:
             return weight_VD
-        return self._rotation.head(weight_VD, self._checkpoint.read(FINAL_NORM))
+        return self._rotation.head(weight_VD, self._read(FINAL_NORM))
 
     def final_norm(self) -> Tensor:
         """Give the last norm's gain; after a rotation it is in the head."""
-        gain_D = self._checkpoint.read(FINAL_NORM)
+        gain_D = self._read(FINAL_NORM)
         return torch.ones_like(gain_D) if self._rotation else gain_D
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Read a block and rotate it; fp32, by the names in the block."""
         names = list(self._architecture.block_shapes())
         read = self._checkpoint.read_many(block_prefix(index), names)
-        tensors = {name: read[name].to(self._device).float() for name in names}
+        tensors = {
+            name: self._finite(block_prefix(index) + name, read[name])
+            .to(self._device)
+            .float()
+            for name in names
+        }
         return self._rotation.block(tensors) if self._rotation else tensors
+
+    def _read(self, name: str) -> Tensor:
+        return self._finite(name, self._checkpoint.read(name))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        """Give a tensor back, or refuse it: no later stage could mend it.
+
+        Raises
+        ------
+        CheckpointError
+            It holds NaN or infinity.
+        """
+        # A sum is one pass without a mask; only a bad one pays for the search.
+        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(
+            tensor.isfinite().all()
+        ):
+            where = (
+                f"{self._checkpoint.files.where}/{self._checkpoint.entry(name).shard}"
+            )
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinity; fetch the checkpoint again"
+            )
+        return tensor
 
     def unquantized(
         self, index: int, tensors: Mapping[str, Tensor]
