@@ -5,9 +5,11 @@ by the seed. Expansion (RSQ, section 4.4) adds copies rolled by m floor(L / M)
 tokens; they exist only as indices until they are embedded.
 """
 
+import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,13 @@ _JOIN = "\n\n"
 _LARGEST_TEXT_CHARACTERS = 50_000_000
 """Of a large data set, as many characters (in random order of the documents) are
 read: 12 million tokens and more."""
+
+
+_UNREADABLE = (
+    *(OSError, EOFError, zlib.error),
+    *(ValueError, KeyError, TypeError, RecursionError),
+)
+"""What a file that is not what its ending says makes its reader raise."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{folder}: no usable tokenizer ({reason}); calibration text needs one"
@@ -181,7 +190,7 @@ def _documents(path: Path, option: str) -> Iterator[str]:
     try:
         if path.suffix == ".parquet":
             column = parquet.read_table(path, columns=["text"]).column("text")
-            yield from (str(value) for value in column.to_pylist())
+            yield from (_text(value) for value in column.to_pylist())
         elif path.suffix in (".jsonl", ".json", ".gz"):
             yield from _json_lines(path)
         elif path.suffix == ".txt":
@@ -190,7 +199,7 @@ def _documents(path: Path, option: str) -> Iterator[str]:
             raise CalibrationError(
                 f"{option} {path}: must end in .txt, .jsonl or .parquet"
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(
@@ -200,16 +209,17 @@ def _documents(path: Path, option: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    import gzip
-
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         for line in file:
             if line.strip():
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError("'text' is not a string")
-                yield text
+                yield _text(json.loads(line)["text"])
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("'text' is not a string")
+    return value
 
 
 def _shuffled(documents: Iterator[str], seed: int) -> str:

@@ -64,7 +64,7 @@ class OutputFolder:
         plan: QuantizationPlan,
         journal: Journal,
     ) -> None:
-        self._path = path
+        self.path = path
         self._checkpoint = checkpoint
         self._architecture = architecture
         self._plan = plan
@@ -82,7 +82,7 @@ class OutputFolder:
         for layout in self._layouts:
             if self._journalled.isdisjoint(layout.places):
                 continue
-            path = self._path / layout.name
+            path = self.path / layout.name
             parts = (path, path.with_name(path.name + atomic.PARTIAL))
             if not any(
                 part.is_file() and part.stat().st_size == layout.size_bytes
@@ -97,7 +97,7 @@ class OutputFolder:
         """After a kill between a shard's rename and its journal row: add the row."""
         named = self._journal.shards()
         for layout in self._layouts:
-            path = self._path / layout.name
+            path = self.path / layout.name
             full = layout.places.keys() <= self._journalled
             if layout.name in named or not full or not path.is_file():
                 continue
@@ -208,7 +208,7 @@ class OutputFolder:
             if self._checkpoint.files.exists(name):
                 contents[name] = self._checkpoint.files.path(name).read_bytes()
         for name, content in contents.items():
-            atomic.write_file(self._path / name, content)
+            atomic.write_file(self.path / name, content)
         files: dict[str, dict[str, Any]] = {
             name: {"bytes": size, "sha256": sha256}
             for name, (size, sha256) in self._journal.shards().items()
@@ -226,9 +226,9 @@ class OutputFolder:
                 "files": dict(sorted(files.items())),
             }
         )
-        atomic.write_file(self._path / MANIFEST, manifest)
+        atomic.write_file(self.path / MANIFEST, manifest)
         seal = f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
-        atomic.write_file(self._path / SEAL, seal.encode())
+        atomic.write_file(self.path / SEAL, seal.encode())
         return sum(int(entry["bytes"]) for entry in files.values()) + len(manifest)
 
     def _config(self) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def quantize(
         single_threaded_products(options.workers) as pool,
     ):
         if options.restart and folder.has_run:
-            OutputFolder.discard_unfinished(options.output)
+            if folder.recorded("output") == str(options.output.resolve()):
+                OutputFolder.discard_unfinished(options.output)
             folder.clear()
         OutputFolder.require_usable(options.output, resuming=folder.has_run)
         if not folder.has_run:
@@ -172,7 +173,9 @@ class _Run:
 
     def begin(self, windows: Windows | None) -> int:
         """Write what lies outside the blocks, embed; gives the first block to do."""
-        self._journal.put({"blocks": str(self.architecture.blocks)})
+        facts = {"blocks": str(self.architecture.blocks)}
+        facts["output"] = str(self._output.path.resolve())
+        self._journal.put(facts)
         last = self._journal.last_block()
         first = 0 if last is None else last[0] + 1
         self.finished = first

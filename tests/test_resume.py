@@ -26,6 +26,7 @@ SMALL: dict[str, Any] = {
 RUN: dict[str, Any] = {
     "sequence_length": 16,
     "clip_steps": 4,
+    "cache_type": "bfloat16",
     "plan": {"shard_bytes": 9_000},
     "execution": {"in_flight": 3, "resident_units": 1},
 }
@@ -177,7 +178,7 @@ def test_dead_at_any_step_on_disk(
     removals = [place for place, step in enumerate(steps) if step[1] == "remove"]
     assert len(removals) >= 4
     # Rounding alone is quick; tests/test_faults.py kills calibrated runs anywhere.
-    every = range(0, len(steps), 6) if method == "rtn" else range(0)
+    every = range(0, len(steps), 11) if method == "rtn" else range(0)
     for place in sorted({*every, *removals[:: 3 if method == "rsq" else 1]}):
         output, done = tmp_path / str(place) / "out", itertools.count()
 

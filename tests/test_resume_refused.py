@@ -86,7 +86,7 @@ def test_a_finished_output_is_never_touched(
     toy: Path, whole: Files, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     run_toy(toy, tmp_path / "out", **RUN)
-    message = r"out: the output folder must be new or empty, it holds README.md and 8"
+    message = r"out: the output folder must be new or empty, it holds a finished out"
     with pytest.raises(OutputError, match=message):
         run_toy(toy, tmp_path / "out", **RUN, options=options)
     assert contents(tmp_path / "out") == whole

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from rsq_stream.ops.heap import return_large_blocks
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -46,6 +48,7 @@ class Pool:
 @contextmanager
 def single_threaded_products(workers: int) -> Iterator[Pool]:
     """Give a pool, with torch's own threading off until the end."""
+    return_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Pool(workers)

@@ -70,6 +70,14 @@ class RunFolder:
         """Whether an unfinished run is here."""
         return (self.path / JOURNAL).exists()
 
+    def recorded(self, key: str) -> str | None:
+        """Give a fact of the unfinished run here; None if its journal is damaged."""
+        try:
+            with Journal(self.path / JOURNAL, read_only=True) as journal:
+                return journal.get(key)
+        except ScratchError:
+            return None
+
     def clear(self) -> None:
         """Forget the unfinished run, for ``--restart``."""
         with atomic.explained(self.path):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ class Checkpoint:
             raise CheckpointError(f"{where}: larger than any file of its kind")
         try:
             content = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{where}: a JSON object was expected")
@@ -193,7 +192,7 @@ def parse_header(
     """
     try:
         content = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: header is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: header is not a JSON object")
@@ -216,9 +215,7 @@ def parse_header(
     return entries
 
 
-def _parse_entry(
-    name: str, value: Mapping[str, Any], shard: str, where: str
-) -> TensorEntry:
+def _parse_entry(name: str, value: Any, shard: str, where: str) -> TensorEntry:
     try:
         dtype = TYPES[value["dtype"]]
         shape = tuple(value["shape"])
