@@ -163,8 +163,11 @@ def test_a_damaged_chunk_is_named(
             next(reads)
 
 
-def test_a_chunk_that_was_never_written_is_not_zeros(tmp_path: Path) -> None:
-    with opened(tmp_path / "x", ODD) as slot:
+@pytest.mark.parametrize("resident", [0, 1])
+def test_a_chunk_that_was_never_written_is_not_zeros(
+    tmp_path: Path, resident: int
+) -> None:
+    with opened(tmp_path / "x", ODD, resident) as slot:
         slot.write(0, values(ODD)[0], durable=True)
         slot.flush(durable=True)
         assert list(slot.read([0]))

@@ -242,17 +242,18 @@ def test_sixteen_bit_sources_stay_sixteen_bit(
             assert torch.equal(weight_OI.float(), state[f"{name}.weight"])
 
 
-def test_rounding_is_rounding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_is_rounding(tmp_path: Path, symmetric: bool) -> None:
     source = toy_checkpoint(tmp_path / "toy")
-    run_toy(source, tmp_path / "out", method="rtn")
+    run_toy(source, tmp_path / "out", method="rtn", symmetric=symmetric)
     state, checkpoint = decoded_state(tmp_path / "out"), open_toy(source)
-    grid = Grid(3, True, True, 2.0, 10, torch.float32)
+    grid = Grid(3, symmetric, symmetric, 2.0, 10, torch.float32)
     for name in linear_names(2):
         weight_OI = checkpoint.read(f"{name}.weight")
         group = -1 if weight_OI.shape[1] % 32 else 32
         made = round_to_nearest(weight_OI, grid, group, 1000, Pool(1))
         grouped = (made.code_OI.shape[0], made.scale_OG.shape[1], -1)
-        whole_OGC = made.code_OI.reshape(grouped).float() - 4
+        whole_OGC = made.code_OI.reshape(grouped).float() - made.zero_OG[:, :, None]
         decoded_OI = (whole_OGC * made.scale_OG[:, :, None]).flatten(1)
         assert torch.equal(state[f"{name}.weight"], decoded_OI)
 

@@ -80,14 +80,18 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget the unfinished run, for ``--restart``."""
-        with atomic.explained(self.path):
-            # The journal first: without it nothing else means anything.
-            for name in (JOURNAL, *OWN_FILES):
-                for ending in _ENDINGS:
-                    if name != _LOCK:
-                        atomic.remove_file(self.path / (name + ending))
-            for name in OWN_FOLDERS:
+        # The journal first: without it nothing else means anything.
+        self._remove_own(JOURNAL)
+        self._remove_own(*OWN_FILES, *OWN_FOLDERS)
+
+    def _remove_own(self, *names: str) -> None:
+        """Remove files or folders that a run put here; the lock stays."""
+        for name in names:
+            if name in OWN_FOLDERS:
                 atomic.remove_tree(self.path / name)
+            elif name != _LOCK:
+                for ending in _ENDINGS:
+                    atomic.remove_file(self.path / (name + ending))
 
     def open_journal(self, plan_json: str, plan_sha256: str) -> Journal:
         """Start the journal of a plan, or go on with it.
@@ -117,15 +121,18 @@ class RunFolder:
             self._journal.close()
             self._journal = None
         if self._lock >= 0:
-            if not self.has_run:
-                self._remove_if_ours()
-            os.close(self._lock)
-            self._lock = -1
+            try:
+                if not self.has_run:
+                    self._remove_if_ours()
+            finally:
+                os.close(self._lock)
+                self._lock = -1
 
     def _remove_if_ours(self) -> None:
-        """Remove lock and folder; a folder that holds anything else stays."""
+        """Remove what a run left and the folder; one that holds anything else stays."""
         with atomic.explained(self.path):
             if not self._foreign():
+                self._remove_own(*OWN_FILES, *OWN_FOLDERS)
                 atomic.remove_file(self.path / _LOCK)
                 self.path.rmdir()
 
@@ -134,8 +141,13 @@ class RunFolder:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
-        self.clear()
-        self.close()
+        try:
+            # The journal last: killed before that, a run finds its output whole.
+            others = (name for name in OWN_FILES if name != JOURNAL)
+            self._remove_own(*others, *OWN_FOLDERS)
+            self._remove_own(JOURNAL)
+        finally:
+            self.close()
 
 
 def mismatch(path: Path, before: str, now: str) -> str:
