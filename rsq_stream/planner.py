@@ -43,6 +43,8 @@ UNIT_TOKENS = 2048
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096
 """Default sequence length, where the model was made for as much."""
+_OVERHEAD_BYTES = 160 << 20
+"""Libraries loaded after planning, threads and the allocator: 90 to 100 MiB seen."""
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_ENDING = "rotary_emb.inv_freq"
 """Buffers that old checkpoints carry and every loader recomputes."""
@@ -237,6 +239,7 @@ def plan_execution(
     per_unit = _unit_working_bytes(architecture, plan, shape)
     if not plan.needs_calibration:
         in_flight, per_unit = 1, 0
+    fixed += _OVERHEAD_BYTES
     while in_flight > 1 and used + fixed + in_flight * per_unit > budget:
         in_flight -= 1
     working = fixed + in_flight * per_unit
