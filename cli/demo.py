@@ -138,7 +138,6 @@ def _tried(folder: Path) -> tuple[float, str]:
     from rsq_stream.demo import HELD_OUT
     from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
     from rsq_stream.evaluation.sample import greedy_sample
-    from rsq_stream.ops.pool import single_threaded_products
 
     checkpoint = open_checkpoint(str(folder))
     window_BT = evaluation_windows(
@@ -152,9 +151,7 @@ def _tried(folder: Path) -> tuple[float, str]:
     window_BT = window_BT[:: max(1, len(window_BT) // _WINDOWS)]
     workers = pick_workers(None, "cpu")
     found = evaluate(checkpoint, window_BT, workers=workers, device="cpu")
-    # One short sequence: threads would wait for each other longer than they work.
-    with single_threaded_products(1):
-        sample = greedy_sample(checkpoint, _PROMPT, _SAMPLE_TOKENS, device="cpu")
+    sample = greedy_sample(checkpoint, _PROMPT, _SAMPLE_TOKENS, device="cpu")
     return found.perplexity, sample.removeprefix(_PROMPT)
 
 
