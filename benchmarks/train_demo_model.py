@@ -40,8 +40,8 @@ SEPARATOR = "\n\n"
 WINDOW = 512
 SEED = 20240311
 # Batch counts windows, every: steps between evaluations, patience: evaluations.
-LIMITS = {"minutes": 81.0, "steps": 20_000, "every": 200, "patience": 10}
-LIMITS |= {"batch": 8, "rate": 2.5e-3, "warmup": 200, "threads": 2, "seed": SEED}
+LIMITS = {"minutes": 81.0, "steps": 20_000, "every": 500, "patience": 10}
+LIMITS |= {"batch": 4, "rate": 4e-3, "warmup": 100, "threads": 2, "seed": SEED}
 SOURCES = """# Sources of the demo data
 
 The text slices are whole modules of the CPython {} standard library,
@@ -162,6 +162,18 @@ def mean_loss(model: Model, windows: Tensor) -> float:
     return total / len(windows)
 
 
+def make_optimizers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the gains."""
+    matrices = [p for n, p in model.named_parameters() if "layers" in n and p.dim() > 1]
+    inner = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inner]
+    scale = "match_rms_adamw"  # so that one rate does for both
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn=scale),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
 def train(model: Model, ids: Tensor, held_out: Tensor, args: Namespace) -> dict:
     """Train: a warm-up, a constant rate, 60 % of linear decay.
 
@@ -181,11 +193,7 @@ def train(model: Model, ids: Tensor, held_out: Tensor, args: Namespace) -> dict:
     dict
         Steps, speed and loss history.
     """
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95))
+    optimizers = make_optimizers(model, args.rate)
     rng = torch.Generator().manual_seed(args.seed)
     best, best_state, misses = math.inf, copy.deepcopy(model.state_dict()), 0
     history, recent, step, ended = [], [], 0, "interrupted"
@@ -210,15 +218,18 @@ def train(model: Model, ids: Tensor, held_out: Tensor, args: Namespace) -> dict:
                 break
             rise, fall = (step + 1) / args.warmup, (1.0 - progress) / 0.6
             rate = args.rate * min(1.0, rise, fall)
-            adam.param_groups[0]["lr"] = adam.param_groups[1]["lr"] = rate
+            for group in (g for made in optimizers for g in made.param_groups):
+                group["lr"] = rate
             starts = torch.randint(len(ids) - WINDOW, (args.batch, 1), generator=rng)
             batch = ids[starts + torch.arange(WINDOW)]
             batch[torch.rand(args.batch, generator=rng) < 0.5, 0] = 0
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adam.step()
-            adam.zero_grad(set_to_none=True)
+            for made in optimizers:
+                made.step()
+                made.zero_grad(set_to_none=True)
             recent.append(loss.item())
             step += 1
     except KeyboardInterrupt:

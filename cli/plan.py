@@ -92,17 +92,9 @@ def rows(made: Prepared) -> dict[str, str]:
 
 def warn_about_disk(made: Prepared) -> None:
     """Warn if output and scratch cannot both fit where they go."""
-    from rsq_stream.storage.atomic import shortage
+    from rsq_stream.room import shortage
 
-    options, execution = made.options, made.execution
-    if options.work_dir.exists():
-        return  # some of the bytes are there already
-    missing = shortage(
-        [
-            (options.output, execution.output_bytes),
-            (options.work_dir, execution.scratch_bytes),
-        ]
-    )
+    missing = shortage(made.execution, made.options)
     if missing:
         remark("warning", missing)
 
@@ -116,11 +108,6 @@ def _resident_bytes(made: Prepared) -> int:
 
 
 def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(_existing(path)).free
+    from rsq_stream.storage.atomic import existing
 
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return shutil.disk_usage(existing(path.absolute())).free

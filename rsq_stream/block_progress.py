@@ -14,18 +14,19 @@ from safetensors.torch import load, save
 
 from rsq_stream.block_solver import TokenWeights
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.errors import ScratchError
+from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import STAGES, block_prefix
 from rsq_stream.model.block import Block
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import decode_linear, scheme_for
+from rsq_stream.source import Source
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot
 from rsq_stream.storage.journal import Journal
 
-_WEIGHTS = "token-weights.safetensors"
-_KEEPS_H = 2
+TOKEN_WEIGHTS = "token-weights.safetensors"
+KEEPS_H = 2
 """The stage that writes h."""
 
 
@@ -37,6 +38,7 @@ class BlockProgress:
     journal: Journal
     output: OutputFolder
     h: Slot
+    source: Source
     work_dir: Path
 
     def finish_stage(
@@ -49,15 +51,8 @@ class BlockProgress:
         """Make a stage's bytes durable, then journal it."""
         chunks = {}
         if stage == 0:
-            content = save(
-                {
-                    str(unit): weight_T.to("cpu", torch.bfloat16)
-                    for unit, weight_T in token_weights.items()
-                }
-            )
-            atomic.write_file(self.work_dir / _WEIGHTS, content)
-            chunks[_WEIGHTS] = {index: zlib.crc32(content)}
-        if stage == _KEEPS_H:
+            chunks[TOKEN_WEIGHTS] = {index: self.write_token_weights(token_weights)}
+        if stage == KEEPS_H:
             self.h.flush(durable=True)
             chunks[self.h.folder.name] = self.h.checksums
         self.output.sync()
@@ -67,37 +62,51 @@ class BlockProgress:
             chunks,
             {made.name: dataclasses.asdict(made) for made in records},
             self.output.new_checksums(),
+            self.source.news(),
         )
 
-    def restore(self, index: int, block: Block) -> tuple[int, TokenWeights]:
-        """Give a block the quantized weights it had when the run stopped.
+    def write_token_weights(self, token_weights: TokenWeights) -> int:
+        """Keep the tokens' importance for later stages; gives the file's CRC-32."""
+        content = save(
+            {
+                str(unit): weight_T.to("cpu", torch.bfloat16)
+                for unit, weight_T in token_weights.items()
+            }
+        )
+        atomic.write_file(self.work_dir / TOKEN_WEIGHTS, content)
+        return zlib.crc32(content)
 
-        Returns how many stages are done, and the weights of the tokens.
+    def replace_solved(self, index: int, block: Block, done: int) -> None:
+        """Give a block the quantized weights of its first ``done`` stages.
 
         Raises
         ------
-        ScratchError, OutputError
-            What the finished stages left behind is damaged.
+        DamagedError
+            A tensor in the output is not what was written.
         """
-        done = self.journal.stages(index)
-        if done == 0:
-            return 0, {}
         for stage in STAGES[:done]:
             for linear in stage.linears:
                 name = block_prefix(index) + linear
                 scheme = scheme_for(self.plan, block.weight(linear).shape[1])
                 decoded_OI = decode_linear(self.output.read, name, scheme)
                 block.replace_weight(linear, decoded_OI)
-        if done > _KEEPS_H:
-            self.h.checksums = self.journal.chunks(self.h.folder.name)
-        return done, self._token_weights(index, block)
 
-    def _token_weights(self, index: int, block: Block) -> TokenWeights:
-        path = self.work_dir / _WEIGHTS
-        with atomic.explained(path):
-            content = path.read_bytes()
-        if self.journal.chunks(_WEIGHTS).get(index) != zlib.crc32(content):
-            raise ScratchError(f"{path}: is damaged; --restart starts the run over")
+    def take_up(self, index: int, block: Block, done: int) -> TokenWeights:
+        """Take up what the first ``done`` stages left in the work folder.
+
+        Raises
+        ------
+        DamagedError
+            The tokens' weights are not what was written.
+        """
+        if done == 0:
+            return {}
+        if done > KEEPS_H:
+            self.h.checksums = self.journal.chunks(self.h.folder.name)
+        path = self.work_dir / TOKEN_WEIGHTS
+        content = path.read_bytes() if path.is_file() else b""
+        if self.journal.chunks(TOKEN_WEIGHTS).get(index) != zlib.crc32(content):
+            raise DamagedError(f"{path}: is damaged or missing", path.name)
         device = block.weight(STAGES[0].linears[0]).device
         return {
             int(unit): weight_T.float().to(device)

@@ -79,8 +79,27 @@ class BlockSolver:
             before = len(self.records)
             self._solve_stage(STAGES[number], *inputs[number])
             self.finish_stage(number, self.records[before:], self.token_weights)
-        self._advance()
+        self.advance()
         return self.records
+
+    def weigh(self) -> TokenWeights:
+        """Give the tokens' weights alone; q and k must be those of the source."""
+        self._replay("token weights", self._attention_in)
+        return self.token_weights
+
+    def replay_h(self) -> None:
+        """Write h once more, by the quantized weights that the block holds."""
+        self._replay("h", self._mlp_in)
+        self.slots.h.flush(durable=True)
+
+    def _replay(self, what: str, function: Callable[[int, Tensor], Tensor]) -> None:
+        device = self.block.weight("mlp.down_proj").device
+
+        def one(unit: int, x_BTD: Tensor) -> None:
+            function(unit, x_BTD.to(device))
+
+        for _ in self.passes.over(self.slots.x, self.index, what, one):
+            pass
 
     def _solve_stage(
         self, stage: Stage, slot: Slot, stage_input: Callable[[int, Tensor], Tensor]
@@ -176,7 +195,7 @@ class BlockSolver:
         del unit
         return self.block.mlp_output(self.block.mlp_input(self._computed(h_BTD)))
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Write x' of the quantized block, durably: the next block's input."""
         device = self.block.weight("mlp.down_proj").device
         slots = self.slots

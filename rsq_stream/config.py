@@ -20,6 +20,14 @@ METHODS = ("rsq", "quarot", "gptq", "rtn")
 IMPORTANCES = ("attncon", "first-n", "uniform")
 GROUP_SIZES = (32, 64, 128, -1)
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
+DEVICE_FIELDS = (
+    "device_kind",
+    "compute_type",
+    "hessian_panel",
+    "tile_columns",
+    "tile_rows",
+)
+"""Plan fields that follow from the device: all that ``allow_device_change`` lets by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,6 +231,8 @@ class RunOptions:
     """Threads that compute units, panels and tiles side by side (CPU only)."""
     units_in_flight: int = 0
     """Units between two barriers of a pass; 0 lets the planner choose."""
+    allow_device_change: bool = False
+    """Go on although another kind of device gives other bits; the output says so."""
     restart: bool = False
     keep_work: bool = False
 

@@ -9,7 +9,9 @@
     ├── CalibrationError (ValueError)   the calibration text cannot give the windows
     ├── PlanMismatchError (ValueError)  a run exists here, made with another plan
     ├── OutputError (OSError)           the output folder, or what is in it
-    ├── ScratchError (OSError)          the work folder: journal, activations, disk full
+    ├── ScratchError (OSError)          the work folder: journal, activations, disk
+    │   └── DiskFullError               no room left; the run goes on once there is
+    ├── DamagedError (OSError)          bytes on disk are not those that were written
     ├── KernelError (RuntimeError)      a compiled kernel refused its arguments
     ├── BudgetError (MemoryError)       the stated memory cannot hold the work
     ├── NumericalError (ArithmeticError)  NaN or infinity in the activations
@@ -49,6 +51,20 @@ class OutputError(RsqError, OSError):
 
 class ScratchError(RsqError, OSError):
     """The work folder failed: journal, activation cache or free space."""
+
+
+class DiskFullError(ScratchError):
+    """A disk has no room left; nothing that was finished is lost."""
+
+
+class DamagedError(RsqError, OSError):
+    """Bytes that this run wrote are not what they were."""
+
+    def __init__(self, what: str, part: str = "") -> None:
+        super().__init__(f"{what}; --restart starts the run over")
+        self.what = what
+        self.part = part
+        """An activation slot, a file of the work folder, or a tensor of the output."""
 
 
 class KernelError(RsqError, RuntimeError):

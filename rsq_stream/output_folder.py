@@ -8,8 +8,7 @@ complete.
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rsq_stream.errors import OutputError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import EMBEDDING, HEAD, Architecture
 from rsq_stream.model_card import model_card
+from rsq_stream.output_place import CARD, CONFIG, MANIFEST, SEAL, SMALL_FILES
 from rsq_stream.packed_format import (
     output_is_tied,
     output_tensors,
@@ -32,12 +32,6 @@ from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.shards import INDEX, Checkpoint
 from rsq_stream.storage.writer import ShardLayout, ShardWriter, index_of, lay_out
-
-MANIFEST = "rsq_stream.json"
-SEAL = "rsq_stream.sha256"
-CONFIG = "config.json"
-CARD = "README.md"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def plan_layouts(
@@ -76,6 +70,7 @@ class OutputFolder:
         self._require_parts()
         self._writer = ShardWriter(path, self._layouts, done)
         self._adopt_named_shards()
+        self._remove_leftovers()
 
     def _require_parts(self) -> None:
         """Notice before the next block if a shard that was begun is gone."""
@@ -101,66 +96,14 @@ class OutputFolder:
             full = layout.places.keys() <= self._journalled
             if layout.name in named or not full or not path.is_file():
                 continue
-            self._journal.finish_shard(layout.name, layout.size_bytes, _sha256(path))
+            sha256 = atomic.sha256_of(path)
+            self._journal.finish_shard(layout.name, layout.size_bytes, sha256)
         self._writer.reopen(set(self._journal.shards()))
 
-    @staticmethod
-    def require_usable(path: Path, *, resuming: bool) -> None:
-        """Refuse an output folder that holds anything but an unfinished run's parts.
-
-        Raises
-        ------
-        OutputError
-            The folder is a file, or holds files that no unfinished run put there.
-        """
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path}: is a file; give a folder with --output")
-        if resuming or not path.exists():
-            return
-        found = sorted(entry.name for entry in path.iterdir())
-        if SEAL in found:
-            raise OutputError(
-                f"{path}: the output folder must be new or empty, it holds a finished"
-                " output; remove it or give another --output"
-            )
-        if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise OutputError(
-                f"{path}: the output folder must be new or empty, it holds"
-                f" {found[0]}{more}; empty it or give another --output"
-            )
-
-    @staticmethod
-    def require_apart(path: Path, work_dir: Path) -> None:
-        """Refuse a work folder that is the output, or around it: it is removed.
-
-        Raises
-        ------
-        OutputError
-            Removing the work folder would remove the output.
-        """
-        output, work = path.resolve(), work_dir.resolve()
-        if output == work or work in output.parents or output in work.parents:
-            raise OutputError(
-                f"{path}: output and work folder ({work_dir}) must lie side by side,"
-                " neither in the other; give another --output or --work-dir"
-            )
-
-    @staticmethod
-    def discard_unfinished(path: Path) -> None:
-        """For ``--restart``: remove what an unfinished run left in the output.
-
-        Only called where the work folder holds such a run. A finished output (it
-        has its seal) and foreign files are left alone, so that ``require_usable``
-        can refuse them.
-        """
-        if not path.is_dir() or (path / SEAL).exists():
-            return
-        small = {CONFIG, INDEX, CARD, MANIFEST, SEAL, *SIDE_FILES}
-        for part in sorted(path.iterdir()):
-            name = part.name.removesuffix(atomic.PARTIAL)
-            if name in small or _SHARD.fullmatch(name):
-                atomic.remove_file(part)
+    def _remove_leftovers(self) -> None:
+        """Remove small files that a dead run had not finished."""
+        for name in sorted(SMALL_FILES):
+            atomic.remove_file(self.path / (name + atomic.PARTIAL))
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors where they belong in the shards."""
@@ -170,6 +113,25 @@ class OutputFolder:
     def read(self, name: str) -> Tensor:
         """Read back a tensor of a shard that is not whole yet."""
         return self._writer.read(name)
+
+    def checksum(self, name: str) -> int | None:
+        """Give the CRC-32 of a tensor that was written."""
+        return self._writer.checksums.get(name)
+
+    def forget(self, names: Collection[str]) -> None:
+        """Take tensors back that will be written again."""
+        self._writer.forget(names)
+        self._journalled -= set(names)
+
+    def require_intact(self) -> None:
+        """Check what an earlier part of the run left in shards without a name.
+
+        Raises
+        ------
+        DamagedError
+            A tensor is not what was written.
+        """
+        self._writer.require_intact()
 
     def sync(self) -> None:
         """Make all tensors written so far durable."""
@@ -185,6 +147,11 @@ class OutputFolder:
         self._journalled |= fresh.keys()
         return fresh
 
+    @property
+    def has_full_shards(self) -> bool:
+        """Whether some shard is whole and has no name yet."""
+        return bool(self._writer.full_shards())
+
     def name_full_shards(self) -> list[tuple[str, int]]:
         """Check and rename the shards that are whole; gives their names and sizes."""
         named = []
@@ -194,8 +161,30 @@ class OutputFolder:
             named.append((layout.name, layout.size_bytes))
         return named
 
-    def write_small_files(self, records: list[LinearRecord]) -> int:
-        """Write everything that is no shard, the seal last; gives all bytes."""
+    def require_whole(self) -> None:
+        """Read every shard once more: the seal answers for what is on disk.
+
+        Raises
+        ------
+        OutputError
+            A shard is gone or is not what was written.
+        """
+        for name, (size, sha256) in self._journal.shards().items():
+            path = self.path / name
+            sound = path.is_file() and path.stat().st_size == size
+            if not sound or atomic.sha256_of(path) != sha256:
+                raise OutputError(
+                    f"{path}: is gone or not what was written; the disk or somebody"
+                    " changed it, --restart starts over"
+                )
+
+    def write_small_files(
+        self, records: list[LinearRecord], source: Mapping[str, str]
+    ) -> int:
+        """Write everything that is no shard, the seal last; gives all bytes.
+
+        ``source`` has the sha256 of each source shard.
+        """
         config = self._config()
         contents: dict[str, bytes] = {
             CONFIG: _json(config),
@@ -221,6 +210,10 @@ class OutputFolder:
                 "plan": dataclasses.asdict(self._plan),
                 "plan_sha256": self._plan.sha256,
                 "versions": _versions(),
+                "source": source,
+                "device_changes": json.loads(
+                    self._journal.get("device_changes") or "[]"
+                ),
                 "bits_per_weight": self._bits_per_weight(),
                 "linears": [dataclasses.asdict(made) for made in records],
                 "files": dict(sorted(files.items())),
@@ -269,11 +262,6 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:

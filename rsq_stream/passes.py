@@ -59,8 +59,17 @@ class Passes:
 
     def check(self) -> None:
         """Stop here if somebody asked for it."""
-        if self.stop.is_set():
+        stopper(self.stop)()
+
+
+def stopper(stop: threading.Event) -> Callable[[], None]:
+    """Give a check that raises once a stop was asked for."""
+
+    def check() -> None:
+        if stop.is_set():
             raise Interrupted("stopped")
+
+    return check
 
 
 def require_finite(

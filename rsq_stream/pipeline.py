@@ -5,20 +5,27 @@ write -> journal -> next block.
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rsq_stream.algorithm.solver import Solution
-from rsq_stream.block_progress import BlockProgress
-from rsq_stream.block_solver import BlockSolver, make_grid, round_block
+from rsq_stream import room
+from rsq_stream.block_setup import keeper, set_up
+from rsq_stream.block_solver import make_grid, round_block
 from rsq_stream.calibration import Windows
-from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
-from rsq_stream.errors import Interrupted, ScratchError
+from rsq_stream.config import (
+    DEVICE_FIELDS,
+    ExecutionPlan,
+    QuantizationPlan,
+    RunOptions,
+)
+from rsq_stream.device_change import settled
+from rsq_stream.errors import DamagedError, DiskFullError, Interrupted, ScratchError
 from rsq_stream.events import (
     BlockFinished,
     LinearRecord,
@@ -27,25 +34,27 @@ from rsq_stream.events import (
     ShardFinished,
     ignore,
 )
+from rsq_stream.identity import SourceIdentity
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     LINEARS,
-    block_prefix,
     read_architecture,
 )
-from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.output_folder import OutputFolder
-from rsq_stream.packed_format import encode_linear, output_is_tied, scheme_for
-from rsq_stream.passes import Passes
-from rsq_stream.slots import RunSlots
+from rsq_stream.output_place import discard_unfinished, require_apart, require_usable
+from rsq_stream.packed_format import output_is_tied
+from rsq_stream.passes import Passes, stopper
+from rsq_stream.rebuild import Rebuilder
 from rsq_stream.source import Source
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
 from rsq_stream.storage.shards import Checkpoint
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,56 +84,51 @@ def quantize(
     Raises
     ------
     PlanMismatchError
-        The work folder holds an unfinished run of another plan.
+        The work folder holds an unfinished run of another plan or source.
     Interrupted
-        ``stop`` was set: everything up to the last finished block is kept.
+        ``stop`` was set: everything up to the last finished stage is kept.
     RsqError
         Whatever else went wrong, in one line.
     """
     began = time.monotonic()
-    OutputFolder.require_apart(options.output, options.work_dir)
+    stop = stop or threading.Event()
+    require_apart(options.output, options.work_dir)
     with (
         RunFolder(options.work_dir) as folder,
-        single_threaded_products(options.workers) as pool,
+        single_threaded_products(options.workers, stopper(stop)) as pool,
     ):
         if options.restart and folder.has_run:
             if folder.recorded("output") == str(options.output.resolve()):
-                OutputFolder.discard_unfinished(options.output)
+                discard_unfinished(options.output)
             folder.clear()
-        OutputFolder.require_usable(options.output, resuming=folder.has_run)
-        if not folder.has_run:
-            _require_room(execution, options)
-        journal = folder.open_journal(plan.canonical_json(), plan.sha256)
-        passes = Passes(pool, execution.in_flight, listener, stop or threading.Event())
-        run = _Run(checkpoint, plan, execution, options, journal, passes)
+        require_usable(options.output, resuming=folder.has_run)
+        if missing := room.shortage(execution, options):
+            raise ScratchError(missing)
+        may_differ = DEVICE_FIELDS if options.allow_device_change else ()
+        journal = folder.open_journal(plan.canonical_json(), plan.sha256, may_differ)
+        plan = settled(journal, plan)
+        passes = Passes(pool, execution.in_flight, listener, stop)
+        run = _Run(checkpoint, plan, execution, options, journal, passes, windows)
         try:
-            first = run.begin(windows)
-            for index in range(first, run.architecture.blocks):
-                run.block(index)
-            output_bytes = run.finish()
+            first = run.mended(run.begin)
+            while run.finished < run.architecture.blocks:
+                run.mended(run.block)
+            output_bytes = run.mended(run.finish)
+            records = tuple(run.records.values())
         except Interrupted as error:
             raise Interrupted(
                 "stopped; the same command goes on after"
                 f" block {run.finished} of {run.architecture.blocks}"
             ) from error
+        except DiskFullError as error:
+            needs = room.still_needed(execution, options)
+            raise DiskFullError(f"{error}; {needs}") from error
         finally:
             run.close()
         if not options.keep_work:
             folder.remove()
     seconds = time.monotonic() - began
-    records = tuple(run.records.values())
     return RunSummary(options.output, seconds, first, records, output_bytes)
-
-
-def _require_room(execution: ExecutionPlan, options: RunOptions) -> None:
-    """Refuse a new run that the disks cannot hold; a resumed one has its room."""
-    needs = (
-        (options.output, execution.output_bytes),
-        (options.work_dir, execution.scratch_bytes),
-    )
-    missing = atomic.shortage(needs)
-    if missing:
-        raise ScratchError(missing)
 
 
 class _Run:
@@ -138,40 +142,61 @@ class _Run:
         options: RunOptions,
         journal: Journal,
         passes: Passes,
+        windows: Windows | None,
     ) -> None:
         self.architecture = read_architecture(checkpoint.config, checkpoint.files.where)
         self.finished = 0
-        self.records = {
-            name: LinearRecord(**made) for name, made in journal.linears().items()
-        }
         self._plan = plan
-        self._device = torch.device(options.device)
         self._journal = journal
         self._work_dir = options.work_dir
         self._passes = passes
+        self._windows = windows
+        self._identity = SourceIdentity(checkpoint, journal)
         self._output = OutputFolder(
             options.output, checkpoint, self.architecture, plan, journal
         )
-        self._source = Source(checkpoint, self.architecture, plan, self._device)
-        self._config = layer_config(self.architecture.family, checkpoint.config)
-        self._slots: RunSlots | None = None
+        device = torch.device(options.device)
+        self._source = Source(
+            checkpoint, self.architecture, plan, device, self._identity
+        )
+        self._setup = None
         if plan.needs_calibration:
-            self._slots = RunSlots(
+            self._setup = set_up(
+                checkpoint,
+                self.architecture,
                 plan,
-                self.architecture.width,
                 execution,
+                device,
+                self._source,
+                self._output,
+                journal,
+                passes,
                 options.work_dir,
-                passes.listener,
             )
-            self._rope = Rope(
-                self.architecture.family,
-                self._config,
-                plan.sequence_length,
-                getattr(torch, plan.compute_type),
-                self._device,
-            )
+        self._rebuilder = Rebuilder(
+            journal,
+            self._output,
+            self._source,
+            self._setup,
+            lambda block: self._round(block, self._source.block(block)),
+            passes.listener,
+        )
 
-    def begin(self, windows: Windows | None) -> int:
+    @property
+    def records(self) -> dict[str, LinearRecord]:
+        """What was done to each linear so far, by its name."""
+        linears = self._journal.linears()
+        return {name: LinearRecord(**made) for name, made in linears.items()}
+
+    def mended(self, work: Callable[[], Result]) -> Result:
+        """Do a piece of work; what it finds damaged is made again, if it can be."""
+        while True:
+            try:
+                return work()
+            except DamagedError as damage:
+                self._rebuilder.rebuild(self.finished, self._windows, damage)
+
+    def begin(self) -> int:
         """Write what lies outside the blocks, embed; gives the first block to do."""
         facts = {"blocks": str(self.architecture.blocks)}
         facts["output"] = str(self._output.path.resolve())
@@ -179,6 +204,7 @@ class _Run:
         last = self._journal.last_block()
         first = 0 if last is None else last[0] + 1
         self.finished = first
+        self._output.require_intact()
         plan = self._plan
         tokens = plan.sequences * plan.sequence_length if plan.needs_calibration else 0
         self._passes.listener(
@@ -186,87 +212,52 @@ class _Run:
                 blocks=self.architecture.blocks, first_block=first, tokens=tokens
             )
         )
+        self._identity.start()
         if last is None:
-            self._write_outer(windows)
-        elif self._slots:
-            self._slots.input_of(first).checksums = self._journal.chunks(last[1])
+            self._write_outer()
+        elif self._setup:
+            slot = self._setup.slots.input_of(first)
+            slot.checksums = self._journal.chunks(last[1])
         return first
 
-    def _write_outer(self, windows: Windows | None) -> None:
+    def _write_outer(self) -> None:
         """Write embedding, final norm and head; embed the calibration windows."""
         if not output_is_tied(self.architecture, self._plan):
             self._output.write({HEAD: self._source.head()})
         embedding_VD = self._source.embedding()
         norm_D = self._source.final_norm()
         self._output.write({EMBEDDING: embedding_VD, FINAL_NORM: norm_D})
-        if windows is not None and self._slots:
-            kept = {"windows": windows.window_BT.to(torch.int32)}
+        if self._windows is not None and self._setup:
+            kept = {"windows": self._windows.window_BT.to(torch.int32)}
             atomic.write_file(self._work_dir / "windows.safetensors", save(kept))
-            slot = self._slots.input_of(0)
-            for unit in range(slot.shape.units):
-                self._passes.check()
-                count = slot.shape.unit_sequences
-                token_BT = windows.tokens(unit * count, count)
-                x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
-                slot.write(unit, x_BTD, durable=True)
-            slot.flush(durable=True)
+            self._setup.embed(self._windows, embedding_VD)
         self._commit(-1, 0.0, [])
 
-    def block(self, index: int) -> None:
-        """Do one block: read, rotate, solve, pack, write, journal."""
-        began = time.monotonic()
+    def block(self) -> None:
+        """Do the next block: read, rotate, solve, pack, write, journal."""
+        index, began = self.finished, time.monotonic()
         tensors = self._source.block(index)
         self._output.write(self._source.unquantized(index, tensors))
-        records = self._solve(index, tensors)
+        if self._setup is None:
+            records = self._round(index, tensors)
+        else:
+            solver, done = self._setup.open(index, tensors)
+            tensors.clear()
+            records = solver.run(done)
         self._commit(index, time.monotonic() - began, records)
 
-    def _solve(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
-        prefix = block_prefix(index)
+    def _round(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
         types = self._source.linear_types(index)
-        grids = {name: make_grid(self._plan, dtype) for name, dtype in types.items()}
-
-        def keep(linear: str, solution: Solution) -> None:
-            scheme = scheme_for(self._plan, solution.code_OI.shape[1])
-            self._output.write(
-                encode_linear(prefix + linear, solution, scheme, types[linear])
-            )
-
         weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
-        if self._slots is None:
-            tensors.clear()
-            passes = self._passes
-            return round_block(index, weights, grids, self._plan, passes, keep)
-        compute = getattr(torch, self._plan.compute_type)
-        block = Block(
-            self.architecture.family,
-            self._config,
-            index,
-            {name: tensor.to(compute) for name, tensor in tensors.items()},
-            self._rope,
-        )
         tensors.clear()
-        slots = self._slots.of_block(index)
-        progress = BlockProgress(
-            self._plan, self._journal, self._output, slots.h, self._work_dir
-        )
-        done, token_weights = progress.restore(index, block)
-        return BlockSolver(
-            index,
-            block,
-            weights,
-            grids,
-            self._plan,
-            slots,
-            self._passes,
-            keep,
-            partial(progress.finish_stage, index),
-            token_weights,
-        ).run(done)
+        grids = {name: make_grid(self._plan, dtype) for name, dtype in types.items()}
+        keep = keeper(index, self._plan, self._source, self._output)
+        return round_block(index, weights, grids, self._plan, self._passes, keep)
 
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:
         """Make a block's bytes durable, then journal it, then name full shards."""
         self._output.sync()
-        slot = self._slots.input_of(index + 1) if self._slots else None
+        slot = self._setup.slots.input_of(index + 1) if self._setup else None
         self._journal.finish_block(
             index,
             slot.folder.name if slot else "",
@@ -274,8 +265,8 @@ class _Run:
             slot.checksums if slot else {},
             {made.name: dataclasses.asdict(made) for made in records},
             self._output.new_checksums(),
+            self._source.news(),
         )
-        self.records.update({made.name: made for made in records})
         self.finished = index + 1
         if index >= 0:
             own = tuple(made for made in self.records.values() if made.block == index)
@@ -285,16 +276,21 @@ class _Run:
         self._name_full_shards()
 
     def _name_full_shards(self) -> None:
+        if self._output.has_full_shards:
+            self._identity.complete()
         for name, size in self._output.name_full_shards():
             self._passes.listener(ShardFinished(name=name, bytes=size))
 
     def finish(self) -> int:
         """Name the last shards and write the small files; gives the bytes in all."""
         self._name_full_shards()
-        return self._output.write_small_files(list(self.records.values()))
+        self._output.require_whole()
+        records = list(self.records.values())
+        return self._output.write_small_files(records, self._identity.shards())
 
     def close(self) -> None:
-        """Stop the activation threads and close the shards."""
-        if self._slots:
-            self._slots.close()
+        """Stop the threads that hash, read and write, and close the shards."""
+        self._identity.close()
+        if self._setup:
+            self._setup.slots.close()
         self._output.close()

@@ -60,11 +60,16 @@ class RunSlots:
         """Give the slot that holds a block's input; a block's output is the next's."""
         return self._turns[block % 2]
 
+    @property
+    def h(self) -> Slot:
+        """The slot between attention and MLP."""
+        return self._turns[2]
+
     def of_block(self, block: int) -> Slots:
         """Give a block's slots."""
         return Slots(
             x=self.input_of(block),
-            h=self._turns[2],
+            h=self.h,
             x_next=self.input_of(block + 1),
             resident=self._resident,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from rsq_stream.algorithm.rotation import make_rotation
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import CheckpointError
+from rsq_stream.identity import SourceIdentity
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -21,6 +22,7 @@ from rsq_stream.model.architecture import (
     block_prefix,
 )
 from rsq_stream.model.rotate import ModelRotation
+from rsq_stream.storage.journal import SourceRecord
 from rsq_stream.storage.shards import Checkpoint
 
 
@@ -33,8 +35,11 @@ class Source:
         architecture: Architecture,
         plan: QuantizationPlan,
         device: torch.device,
+        identity: SourceIdentity | None = None,
     ) -> None:
+        """Take the checkpoint as it is; an identity is told of whatever is read."""
         self._checkpoint = checkpoint
+        self._identity = identity
         self._architecture = architecture
         self._device = device
         self._rotation = _rotation(plan, architecture)
@@ -62,24 +67,30 @@ class Source:
         names = list(self._architecture.block_shapes())
         read = self._checkpoint.read_many(block_prefix(index), names)
         tensors = {
-            name: self._finite(block_prefix(index) + name, read[name])
+            name: self._sound(block_prefix(index) + name, read[name])
             .to(self._device)
             .float()
             for name in names
         }
         return self._rotation.block(tensors) if self._rotation else tensors
 
-    def _read(self, name: str) -> Tensor:
-        return self._finite(name, self._checkpoint.read(name))
+    def news(self) -> SourceRecord | None:
+        """Give what was learnt of the source's content, to be journalled."""
+        return self._identity.news() if self._identity else None
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+    def _read(self, name: str) -> Tensor:
+        return self._sound(name, self._checkpoint.read(name))
+
+    def _sound(self, name: str, tensor: Tensor) -> Tensor:
         """Give a tensor back, or refuse it: no later stage could mend it.
 
         Raises
         ------
         CheckpointError
-            It holds NaN or infinity.
+            It holds NaN or infinity, or is not what it was when it was read before.
         """
+        if self._identity is not None:
+            self._identity.check(name, tensor)
         # A sum is one pass without a mask; only a bad one pays for the search.
         if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(
             tensor.isfinite().all()

@@ -16,10 +16,12 @@ import torch
 
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import CheckpointError, OutputError, RsqError
+from rsq_stream.identity import require_source
 from rsq_stream.model.architecture import LINEARS, block_prefix, read_architecture
-from rsq_stream.output_folder import MANIFEST, SEAL
+from rsq_stream.output_place import MANIFEST, SEAL
 from rsq_stream.packed_format import decode_linear, output_tensors, scheme_for
 from rsq_stream.source import Source
+from rsq_stream.storage import atomic
 from rsq_stream.storage.files import FolderFiles
 from rsq_stream.storage.shards import Checkpoint
 
@@ -73,6 +75,7 @@ def verify(folder: Path, against: Checkpoint | None = None) -> Verification:
                 f"{against.files.where}: is not the source of {folder}; its headers'"
                 f" hash is {against.headers_sha256}, the plan has {plan.source_sha256}"
             )
+        require_source(against, manifest["source"])
         found.weight_errors = dict(_weight_errors(checkpoint, against, plan))
     return found
 
@@ -111,7 +114,7 @@ def _check_files(
         size = path.stat().st_size
         if size != wanted["bytes"]:
             yield f"{path}: has {size} bytes, {wanted['bytes']} were written"
-        elif _sha256(path) != wanted["sha256"]:
+        elif atomic.sha256_of(path) != wanted["sha256"]:
             yield f"{path}: its content is not what was written (sha256 differs)"
         found.files += 1
         found.bytes += size
@@ -165,8 +168,3 @@ def _weight_errors(
             lost = (weight_OI - decoded_OI).square().sum(dtype=torch.float64)
             whole = weight_OI.square().sum(dtype=torch.float64)
             yield name, float(lost / whole) if float(whole) > 0 else 0.0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.errors import OutputError, RsqError, ScratchError
+from rsq_stream.errors import DiskFullError, OutputError, RsqError, ScratchError
 from rsq_stream.storage import atomic
 from rsq_stream.storage.atomic import PARTIAL, PartialFile
 
@@ -154,8 +154,9 @@ def test_a_full_disk_is_explained_in_one_line(
 
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    text = atomic.explanation(tmp_path / "absent" / "deeper" / "file", error)
-    assert "bytes free" in text
+    full = atomic.explanation(tmp_path / "absent" / "deeper" / "file", error)
+    assert isinstance(full, DiskFullError)
+    assert "bytes free" in str(full)
 
 
 def test_other_errors_keep_the_systems_words(tmp_path: Path) -> None:

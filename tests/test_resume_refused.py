@@ -187,19 +187,6 @@ def test_a_lost_output_is_noticed_before_the_next_block(
     assert not [e for e in recorder.events if isinstance(e, StageStarted)]
 
 
-def test_damaged_activations_are_refused_and_restart_goes_past_them(
-    toy: Path, whole: Files, tmp_path: Path
-) -> None:
-    interrupted(toy, tmp_path / "out")
-    (chunk,) = (tmp_path / "out.work" / "odd").glob("c.2.0.0")
-    chunk.write_bytes(bytes(chunk.stat().st_size))
-    message = r"odd/c.2.0.0: the stored activations are damaged or missing; --restart"
-    with pytest.raises(ScratchError, match=message):
-        run_toy(toy, tmp_path / "out", **RUN)
-    run_toy(toy, tmp_path / "out", **RESTART)
-    assert contents(tmp_path / "out") == whole
-
-
 def test_a_kept_work_folder_can_be_read(toy: Path, tmp_path: Path) -> None:
     run_toy(toy, tmp_path / "out", **RUN, options={"keep_work": True})
     with RunFolder(tmp_path / "out.work") as folder:

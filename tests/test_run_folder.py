@@ -13,7 +13,7 @@ import pytest
 
 from rsq_stream.errors import PlanMismatchError, ScratchError
 from rsq_stream.storage.journal import NAME
-from rsq_stream.storage.run_folder import RunFolder, mismatch
+from rsq_stream.storage.run_folder import RunFolder, differing_fields, mismatch
 
 PLAN = json.dumps({"bits": 3, "method": "rsq", "seed": 0})
 OWNER = """
@@ -138,9 +138,11 @@ def test_another_plan_is_refused_by_its_fields(tmp_path: Path) -> None:
 
 
 def test_only_fields_that_differ_are_named(tmp_path: Path) -> None:
-    text = mismatch(tmp_path, '{"a": "x y", "b": null}', '{"a": "z", "b": null}')
+    old, new = '{"a": "x y", "b": null, "c": 1}', '{"a": "z", "b": null, "c": 2}'
+    text = mismatch(tmp_path, differing_fields(old, new, {"c"}))
     assert "a was 'x y' and is now 'z'" in text
     assert "b was" not in text
+    assert "c was" not in text
     assert "\n" not in text
 
 

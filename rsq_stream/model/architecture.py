@@ -5,6 +5,7 @@ their parameters and the order norm -> attention -> norm -> gated MLP; they
 differ in biases, in norms on q and k, and in how the head width is given.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,15 @@ class Architecture:
 def block_prefix(block: int) -> str:
     """Give the prefix of a block's tensors in the checkpoint."""
     return f"model.layers.{block}."
+
+
+def block_of(name: str) -> int | None:
+    """Give the block that a tensor of the checkpoint belongs to; None outside."""
+    found = _IN_BLOCK.match(name)
+    return int(found[1]) if found else None
+
+
+_IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:

@@ -21,8 +21,10 @@ Result = TypeVar("Result")
 class Pool:
     """Workers that map a function over items; results come in the items' order."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, check: Callable[[], None] = lambda: None) -> None:
+        """Call ``check`` before each item; what it raises ends the map."""
         self.workers = workers
+        self._check = check
         self._executor = (
             ThreadPoolExecutor(
                 workers, "rsq", initializer=torch.set_num_threads, initargs=(1,)
@@ -35,9 +37,14 @@ class Pool:
         self, function: Callable[[Item], Result], items: Iterable[Item]
     ) -> list[Result]:
         """Apply the function to all items and wait for all of them."""
+
+        def checked(item: Item) -> Result:
+            self._check()
+            return function(item)
+
         if self._executor is None:
-            return [function(item) for item in items]
-        return list(self._executor.map(function, items))
+            return [checked(item) for item in items]
+        return list(self._executor.map(checked, items))
 
     def close(self) -> None:
         """Stop the workers; the pool cannot be used afterwards."""
@@ -46,12 +53,14 @@ class Pool:
 
 
 @contextmanager
-def single_threaded_products(workers: int) -> Iterator[Pool]:
+def single_threaded_products(
+    workers: int, check: Callable[[], None] = lambda: None
+) -> Iterator[Pool]:
     """Give a pool, with torch's own threading off until the end."""
     return_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = Pool(workers)
+    pool = Pool(workers, check)
     try:
         yield pool
     finally:

@@ -26,7 +26,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from rsq_stream.errors import RsqError, ScratchError
+from rsq_stream.errors import DamagedError, RsqError
 from rsq_stream.storage import atomic
 from rsq_stream.storage.steps import step
 
@@ -99,11 +99,16 @@ def _explained(path: Path) -> Iterator[None]:
         code = re.search(r"\(os error (\d+)\)", reason)
         if code:
             system = OSError(int(code[1]), os.strerror(int(code[1])))
-            raise ScratchError(atomic.explanation(path, system)) from error
-        raise ScratchError(
-            f"{path}: the stored activations are damaged or missing; --restart starts"
-            " the run over"
-        ) from error
+            raise atomic.explanation(path, system) from error
+        raise damaged(path) from error
+
+
+def damaged(path: Path) -> DamagedError:
+    """Give the error that names a chunk, or a slot, that is not what was written."""
+    slot = path.parent if path.name.startswith("c.") else path
+    return DamagedError(
+        f"{path}: the stored activations are damaged or missing", slot.name
+    )
 
 
 class Slot:
@@ -175,6 +180,12 @@ class Slot:
         self._memory.clear()
         self.checksums.clear()
 
+    def discard(self) -> None:
+        """Remove what is on disk, so that a damaged array can be written anew."""
+        self.clear()
+        self._array = None
+        atomic.remove_tree(self.folder)
+
     def close(self) -> None:
         """Stop reading and writing."""
         self._reader.shutdown(cancel_futures=True)
@@ -198,7 +209,12 @@ class Slot:
                 else:
                     self._array = zarr.create_array(
                         self.folder,
-                        shape=(shape.sequences, shape.tokens, shape.width),
+                        # Whole chunks: a part of one would be read to be written.
+                        shape=(
+                            shape.units * shape.unit_sequences,
+                            shape.tokens,
+                            shape.width,
+                        ),
                         chunks=(shape.unit_sequences, shape.tokens, shape.width),
                         dtype=stored,
                         compressors=None,
@@ -207,23 +223,21 @@ class Slot:
                     )
         return self._array
 
-    def _rows(self, unit: int) -> slice:
-        first = unit * self.shape.unit_sequences
-        return slice(first, first + self.shape.unit_shape(unit)[0])
-
     def _store(self, unit: int, x_BTD: Tensor) -> None:
         raw = x_BTD.view(_STORED_AS[x_BTD.dtype][1]).numpy()
-        path = self._chunk_path(unit)
+        crc, path = zlib.crc32(raw.data), self._chunk_path(unit)
+        first, whole = unit * self.shape.unit_sequences, self.shape.unit_sequences
+        if len(raw) < whole:
+            raw = np.pad(raw, ((0, whole - len(raw)), (0, 0), (0, 0)))
         with _explained(path), step("write", path):
-            self._open()[self._rows(unit)] = raw
-        self.checksums[unit] = zlib.crc32(raw.data)
+            self._open()[first : first + whole] = raw
+        self.checksums[unit] = crc
 
     def _load(self, unit: int) -> Tensor:
         with _explained(self._chunk_path(unit)):
-            raw = np.ascontiguousarray(self._open()[self._rows(unit)])
+            first = unit * self.shape.unit_sequences
+            rows = slice(first, first + self.shape.unit_shape(unit)[0])
+            raw = np.ascontiguousarray(self._open()[rows])
         if self.checksums.get(unit) != zlib.crc32(raw.data):
-            raise ScratchError(
-                f"{self._chunk_path(unit)}: the stored activations are damaged or"
-                " missing; --restart starts the run over"
-            )
+            raise damaged(self._chunk_path(unit))
         return torch.from_numpy(raw).view(self.shape.dtype)

@@ -5,13 +5,14 @@ cache writes its chunks itself (through Zarr) and has them made durable here.
 """
 
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rsq_stream.errors import RsqError, ScratchError
+from rsq_stream.errors import DiskFullError, RsqError, ScratchError
 from rsq_stream.storage.steps import step
 
 PARTIAL = ".partial"
@@ -137,40 +138,28 @@ def explained(path: Path) -> Iterator[None]:
     except RsqError:
         raise
     except OSError as error:
-        raise ScratchError(explanation(path, error)) from error
+        raise explanation(path, error) from error
 
 
-def explanation(path: Path, error: OSError) -> str:
-    """Say in one line what went wrong on disk and what to do."""
+def explanation(path: Path, error: OSError) -> ScratchError:
+    """Give the error that says in one line what went wrong on disk and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(_existing(path)).free
-        return (
+        free = shutil.disk_usage(existing(path)).free
+        return DiskFullError(
             f"{path}: the disk is full ({free} bytes free);"
             " make room and run the same command again, it goes on where it stopped"
         )
-    return f"{path}: {error.strerror or error}"
+    return ScratchError(f"{path}: {error.strerror or error}")
 
 
-def shortage(needs: Iterable[tuple[Path, int]]) -> str | None:
-    """Say in one line which disk lacks room for (folder, bytes) still to be written.
-
-    Folders on one disk are added up. None where there is room for all of it.
-    """
-    by_disk: dict[int, int] = {}
-    for folder, needed in needs:
-        place = _existing(folder)
-        disk = place.stat().st_dev
-        by_disk[disk] = by_disk.get(disk, 0) + needed
-        free = shutil.disk_usage(place).free
-        if by_disk[disk] > free:
-            return (
-                f"{folder}: {by_disk[disk]} bytes will be needed on this disk, {free}"
-                " are free; make room, or give another --output or --work-dir"
-            )
-    return None
-
-
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Give a path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a whole file, reading it in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,10 +8,17 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -38,9 +45,19 @@ SIDE_FILES = (
 """What is carried over from the source as it is, where it is there."""
 
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells without reading it that a file is still the same."""
+
+    text: str
+    sha256: str | None
+    """Where somebody answers for it: the hub, for its large files."""
 
 
 @runtime_checkable
@@ -60,6 +77,10 @@ class Files(Protocol):
 
     def header(self, name: str) -> tuple[bytes, int]:
         """Give a shard's header as JSON and how many bytes of data follow it."""
+        ...
+
+    def stamp(self, name: str) -> Stamp:
+        """Give what identifies a file, without fetching or reading it."""
         ...
 
 
@@ -85,6 +106,12 @@ class FolderFiles:
         """Read a shard's header."""
         header, start, file_bytes = read_header(self.path(name), self.where)
         return header, file_bytes - start
+
+    def stamp(self, name: str) -> Stamp:
+        """Give size and times; ``ctime`` changes whenever the content may have."""
+        found = self.path(name).stat()
+        text = f"{found.st_size} bytes of {found.st_mtime_ns}/{found.st_ctime_ns} ns"
+        return Stamp(text, None)
 
 
 class HubFiles:
@@ -128,6 +155,17 @@ class HubFiles:
         }
         ends = [info.data_offsets[1] for info in found.tensors.values()]
         return json.dumps(header).encode(), max(ends, default=0)
+
+    def stamp(self, name: str) -> Stamp:
+        """Give the file's tag on the hub; of large files it is their sha256."""
+        cached = try_to_load_from_cache(self._repo, name, revision=self._revision)
+        # The cache names its blobs by their tag, where it can link to them.
+        tag = Path(cached).resolve().name if isinstance(cached, str) else name
+        if tag == name:
+            with _one_line(self.where):
+                url = hf_hub_url(self._repo, name, revision=self._revision)
+                tag = get_hf_file_metadata(url).etag or ""
+        return Stamp(tag, tag if _SHA256.fullmatch(tag) else None)
 
     def _fetch(self, name: str) -> Path:
         with _one_line(self.where):

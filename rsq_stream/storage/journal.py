@@ -6,11 +6,13 @@ Rollback journal and synchronous=FULL: WAL fails on network file systems.
 """
 
 import errno
+import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,33 @@ CREATE TABLE IF NOT EXISTS linears (
 CREATE TABLE IF NOT EXISTS tensors (name TEXT PRIMARY KEY, crc32 INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS shards (
     name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS source_files (
+    name TEXT PRIMARY KEY, stamp TEXT NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS source_tensors (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS digest (id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL);
 """
+_TABLES = (
+    "run",
+    "blocks",
+    "stages",
+    "chunks",
+    "linears",
+    "tensors",
+    "shards",
+    "source_files",
+    "source_tensors",
+)
+"""What the digest covers: SQLite itself would not notice a flipped bit in a value."""
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What is known of the source by content."""
+
+    files: Mapping[str, tuple[str, str]]
+    """Stamp, and sha256 or an empty string, by file."""
+    tensors: Mapping[str, str]
+    """sha256 by tensor."""
 
 
 class Journal:
@@ -50,6 +78,29 @@ class Journal:
             self._database.execute("PRAGMA journal_mode = DELETE")
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.executescript(_SCHEMA)
+        self._require_sound()
+
+    def _require_sound(self) -> None:
+        """Refuse a journal whose rows are not those of its last commit."""
+        kept = self._rows("SELECT sha256 FROM digest")
+        with self._explained():
+            found = self._digest()
+        empty = not any(self._rows(f"SELECT 1 FROM {name} LIMIT 1") for name in _TABLES)
+        if (kept and kept[0][0] != found) or not (kept or empty):
+            self.close()
+            raise ScratchError(
+                f"{self.path}: the journal is damaged (its rows are not those that were"
+                " committed); --restart starts over"
+            )
+
+    def _digest(self) -> str:
+        """Give the sha256 of all rows, in an order that SQLite cannot change."""
+        digest = hashlib.sha256()
+        for name in _TABLES:
+            digest.update(name.encode())
+            for row in self._database.execute(f"SELECT * FROM {name} ORDER BY 1, 2"):
+                digest.update(repr(row).encode())
+        return digest.hexdigest()
 
     def __enter__(self) -> "Journal":
         return self
@@ -81,13 +132,14 @@ class Journal:
         chunks: Mapping[int, int],
         linears: Mapping[str, Mapping[str, Any]],
         tensors: Mapping[str, int],
+        source: SourceRecord | None = None,
     ) -> None:
         """Commit a block: ``slot`` now holds its outputs, chunk checksums beside it.
 
         The caller has fsynced the chunks and the tensors before.
         """
         with self._transaction() as database:
-            self._put(block, {slot: chunks}, linears, tensors)
+            self._put(block, {slot: chunks}, linears, tensors, source)
             database.execute("DELETE FROM stages")
             database.execute(
                 "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (block, slot, seconds)
@@ -100,13 +152,14 @@ class Journal:
         chunks: Mapping[str, Mapping[int, int]],
         linears: Mapping[str, Mapping[str, Any]],
         tensors: Mapping[str, int],
+        source: SourceRecord | None = None,
     ) -> None:
         """Commit a stage of a block, with the chunks of every slot it wrote.
 
         The caller has fsynced the chunks and the tensors before.
         """
         with self._transaction() as database:
-            self._put(block, chunks, linears, tensors)
+            self._put(block, chunks, linears, tensors, source)
             database.execute(
                 "INSERT OR REPLACE INTO stages VALUES (?, ?)", (block, stage)
             )
@@ -117,9 +170,12 @@ class Journal:
         chunks: Mapping[str, Mapping[int, int]],
         linears: Mapping[str, Mapping[str, Any]],
         tensors: Mapping[str, int],
+        source: SourceRecord | None,
     ) -> None:
         """Write what stages and blocks have in common, within a transaction."""
         database = self._database
+        if source:
+            self._put_source(source)
         for slot, sums in chunks.items():
             database.execute("DELETE FROM chunks WHERE slot = ?", (slot,))
             database.executemany(
@@ -138,6 +194,44 @@ class Journal:
         """Give how many stages of a block are done."""
         rows = self._rows("SELECT COUNT(*) FROM stages WHERE block = ?", block)
         return int(rows[0][0])
+
+    def forget_stages(
+        self, block: int, stage: int, linears: Iterable[str], tensors: Iterable[str]
+    ) -> None:
+        """Take a block's stages back from ``stage`` on, with what they wrote."""
+        with self._transaction() as database:
+            database.execute(
+                "DELETE FROM stages WHERE block = ? AND stage >= ?", (block, stage)
+            )
+            for table, names in (("linears", linears), ("tensors", tensors)):
+                database.executemany(
+                    f"DELETE FROM {table} WHERE name = ?",
+                    [(name,) for name in names],
+                )
+
+    def put_source(self, source: SourceRecord) -> None:
+        """Keep what is known of the source."""
+        with self._transaction():
+            self._put_source(source)
+
+    def _put_source(self, source: SourceRecord) -> None:
+        self._database.executemany(
+            "INSERT OR REPLACE INTO source_files VALUES (?, ?, ?)",
+            [(name, *known) for name, known in source.files.items()],
+        )
+        self._database.executemany(
+            "INSERT OR REPLACE INTO source_tensors VALUES (?, ?)",
+            source.tensors.items(),
+        )
+
+    def source_files(self) -> dict[str, tuple[str, str]]:
+        """Give stamp and sha256 (empty where not known yet) of each source file."""
+        rows = self._rows("SELECT name, stamp, sha256 FROM source_files ORDER BY name")
+        return {name: (stamp, sha256) for name, stamp, sha256 in rows}
+
+    def source_tensors(self) -> dict[str, str]:
+        """Give the sha256 of each source tensor that was read."""
+        return dict(self._rows("SELECT name, sha256 FROM source_tensors"))
 
     def finish_shard(self, name: str, size_bytes: int, sha256: str) -> None:
         """Commit an output shard that has its final name."""
@@ -184,6 +278,9 @@ class Journal:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._explained(), step("commit", self.path), self._database as database:
             yield database
+            database.execute(
+                "INSERT OR REPLACE INTO digest VALUES (0, ?)", (self._digest(),)
+            )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -193,7 +290,7 @@ class Journal:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                raise ScratchError(atomic.explanation(self.path, full)) from error
+                raise atomic.explanation(self.path, full) from error
             raise ScratchError(
                 f"{self.path}: the journal cannot be used ({error});"
                 " --restart starts over"

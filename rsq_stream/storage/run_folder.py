@@ -7,6 +7,7 @@ on it is refused while the first one lives; the lock dies with its owner.
 import fcntl
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rsq_stream.errors import PlanMismatchError, ScratchError
@@ -44,11 +45,17 @@ class RunFolder:
                     f" {foreign[0]}; give another --work-dir"
                 )
             self._lock = self._locked()
+        self._remove_leftovers()
 
     def _foreign(self) -> list[Path]:
         own = {name + ending for name in OWN_FILES for ending in _ENDINGS}
         own.update(OWN_FOLDERS)
         return [entry for entry in self.path.iterdir() if entry.name not in own]
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a dead run had not finished writing here."""
+        for name in OWN_FILES:
+            atomic.remove_file(self.path / (name + atomic.PARTIAL))
 
     def _locked(self) -> int:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -93,8 +100,13 @@ class RunFolder:
                 for ending in _ENDINGS:
                     atomic.remove_file(self.path / (name + ending))
 
-    def open_journal(self, plan_json: str, plan_sha256: str) -> Journal:
+    def open_journal(
+        self, plan_json: str, plan_sha256: str, may_differ: Collection[str] = ()
+    ) -> Journal:
         """Start the journal of a plan, or go on with it.
+
+        The journal's own plan is the one to go on with: fields that ``may_differ``
+        keep their first value.
 
         Raises
         ------
@@ -105,8 +117,8 @@ class RunFolder:
         before = self._journal.get("plan")
         if before is None:
             self._journal.put({"plan": plan_json, "plan_sha256": plan_sha256})
-        elif before != plan_json:
-            raise PlanMismatchError(mismatch(self.path, before, plan_json))
+        elif differing := differing_fields(before, plan_json, may_differ):
+            raise PlanMismatchError(mismatch(self.path, differing))
         return self._journal
 
     def __enter__(self) -> "RunFolder":
@@ -150,15 +162,34 @@ class RunFolder:
             self.close()
 
 
-def mismatch(path: Path, before: str, now: str) -> str:
-    """Say in one line which fields of two plans differ, and the ways out."""
+def differing_fields(
+    before: str, now: str, may_differ: Collection[str]
+) -> dict[str, tuple[object, object]]:
+    """Give old and new value of each field in which two plans differ."""
     old, new = json.loads(before), json.loads(now)
-    differing = [
-        f"{field} was {old.get(field)!r} and is now {new.get(field)!r}"
+    return {
+        field: (old.get(field), new.get(field))
         for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
+        if old.get(field) != new.get(field) and field not in may_differ
+    }
+
+
+def mismatch(path: Path, differing: Mapping[str, tuple[object, object]]) -> str:
+    """Say in one line which fields of two plans differ, and the ways out."""
+    changes = [
+        f"{field}{_MEANING.get(field, '')} was {old!r} and is now {new!r}"
+        for field, (old, new) in differing.items()
     ]
+    hint = ""
+    if "device_kind" in differing:
+        hint = "; --allow-device-change goes on here, to other bytes"
     return (
-        f"{path}: holds an unfinished run of another plan: {'; '.join(differing)};"
-        " --restart starts over, the old values go on"
+        f"{path}: holds an unfinished run of another plan: {'; '.join(changes)};"
+        f" --restart starts over, the old values go on{hint}"
     )
+
+
+_MEANING = {
+    "source_sha256": " (the source's config and headers)",
+    "windows_sha256": " (the calibration tokens)",
+}

@@ -8,7 +8,7 @@ its name when it is full, read back and checked.
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rsq_stream.errors import OutputError
+from rsq_stream.errors import DamagedError, OutputError
+from rsq_stream.storage import atomic
 from rsq_stream.storage.atomic import PartialFile
 from rsq_stream.storage.shards import TYPE_NAMES
 
@@ -124,14 +125,20 @@ class ShardWriter:
 
         Raises
         ------
-        OutputError
+        DamagedError
             What is on disk is not what was written.
         """
         layout = self._shard_of[name]
         offset, announced = layout.places[name]
-        raw = self._open(layout).read(offset, announced.size_bytes)
+        path = self._folder / layout.name
+        if layout.name not in self._files and path.is_file():
+            with atomic.explained(path), path.open("rb") as named:
+                named.seek(offset)
+                raw = named.read(announced.size_bytes)
+        else:
+            raw = self._open(layout).read(offset, announced.size_bytes)
         if zlib.crc32(raw) != self.checksums.get(name):
-            raise OutputError(self._damaged(layout, name))
+            raise self._damaged(layout, name)
         tensor = torch.frombuffer(bytearray(raw), dtype=announced.dtype)
         return tensor.view(announced.shape)
 
@@ -150,24 +157,41 @@ class ShardWriter:
         ]
 
     def reopen(self, finished: set[str]) -> None:
-        """After a resume: open shards that are full but were never renamed."""
+        """After a resume: open the shards that were begun and have no name yet."""
         for layout in self._layouts.values():
-            full = layout.places.keys() <= self.checksums.keys()
-            if full and layout.name not in finished:
+            begun = not self.checksums.keys().isdisjoint(layout.places)
+            if begun and layout.name not in finished:
                 self._open(layout)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take back that tensors were written: they will be written again."""
+        for name in names:
+            self.checksums.pop(name, None)
+
+    def require_intact(self) -> None:
+        """Read the tensors of all open shards back, before anything builds on them.
+
+        Raises
+        ------
+        DamagedError
+            One of them is not what was written.
+        """
+        for name, layout in self._shard_of.items():
+            if layout.name in self._files and name in self.checksums:
+                self.read(name)
 
     def finish(self, layout: ShardLayout) -> str:
         """Check a full shard against its checksums, name it; gives its sha256.
 
         Raises
         ------
-        OutputError
+        DamagedError
             What is on disk is not what was written.
         """
-        file = self._files.pop(layout.name)
+        file = self._files[layout.name]
         digest = hashlib.sha256(layout.header)
         if file.read(0, len(layout.header)) != layout.header:
-            raise OutputError(self._damaged(layout, "its header"))
+            file.write(0, memoryview(layout.header))
         for name, (offset, tensor) in layout.places.items():
             crc, done = 0, 0
             while done < tensor.size_bytes:
@@ -179,15 +203,17 @@ class ShardWriter:
                 crc = zlib.crc32(part, crc)
                 done += len(part)
             if crc != self.checksums[name]:
-                raise OutputError(self._damaged(layout, name))
+                raise self._damaged(layout, name)
+        del self._files[layout.name]
         file.commit()
         return digest.hexdigest()
 
-    def _damaged(self, layout: ShardLayout, what: str) -> str:
-        path = self._folder / layout.name
-        return (
-            f"{path}.partial: {what} is not what was written; the disk or somebody"
-            " changed it, --restart starts over"
+    def _damaged(self, layout: ShardLayout, name: str) -> DamagedError:
+        ending = atomic.PARTIAL if layout.name in self._files else ""
+        return DamagedError(
+            f"{self._folder / layout.name}{ending}: {name} is not what was written; the"
+            " disk or somebody changed it",
+            name,
         )
 
     def _open(self, layout: ShardLayout) -> PartialFile:

@@ -1,0 +1,140 @@
+"""Open a block of a run: its module filled, its solver, as far as it was done."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from rsq_stream.algorithm.solver import Solution
+from rsq_stream.block_progress import BlockProgress
+from rsq_stream.block_solver import BlockSolver, Keep, make_grid
+from rsq_stream.calibration import Windows
+from rsq_stream.config import ExecutionPlan, QuantizationPlan
+from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
+from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.output_folder import OutputFolder
+from rsq_stream.packed_format import encode_linear, scheme_for
+from rsq_stream.passes import Passes
+from rsq_stream.slots import RunSlots
+from rsq_stream.source import Source
+from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.shards import Checkpoint
+
+
+@dataclass(frozen=True)
+class BlockSetup:
+    """What all blocks of a calibrated run have in common."""
+
+    plan: QuantizationPlan
+    family: Family
+    config: PretrainedConfig
+    rope: Rope
+    source: Source
+    output: OutputFolder
+    journal: Journal
+    slots: RunSlots
+    passes: Passes
+    work_dir: Path
+
+    @property
+    def progress(self) -> BlockProgress:
+        """The durable side of a block's stages."""
+        return BlockProgress(
+            self.plan,
+            self.journal,
+            self.output,
+            self.slots.h,
+            self.source,
+            self.work_dir,
+        )
+
+    def embed(self, windows: Windows, embedding_VD: Tensor) -> None:
+        """Write the first block's input, durably."""
+        slot = self.slots.input_of(0)
+        for unit in range(slot.shape.units):
+            self.passes.check()
+            count = slot.shape.unit_sequences
+            token_BT = windows.tokens(unit * count, count)
+            x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
+            slot.write(unit, x_BTD, durable=True)
+        slot.flush(durable=True)
+
+    def open(
+        self, index: int, tensors: Mapping[str, Tensor], stages: int | None = None
+    ) -> tuple[BlockSolver, int]:
+        """Give a block's solver and how many stages are done.
+
+        Their linears hold the quantized weights. Without ``stages``, the journal says
+        how many, and what they left behind is taken up.
+
+        Raises
+        ------
+        DamagedError
+            What the finished stages left behind is not what they wrote.
+        """
+        grids = {
+            name: make_grid(self.plan, dtype)
+            for name, dtype in self.source.linear_types(index).items()
+        }
+        weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
+        compute = getattr(torch, self.plan.compute_type)
+        cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
+        block = Block(self.family, self.config, index, cast, self.rope)
+        progress = self.progress
+        done = self.journal.stages(index) if stages is None else stages
+        progress.replace_solved(index, block, done)
+        solver = BlockSolver(
+            index,
+            block,
+            weights,
+            grids,
+            self.plan,
+            self.slots.of_block(index),
+            self.passes,
+            keeper(index, self.plan, self.source, self.output),
+            partial(progress.finish_stage, index),
+            progress.take_up(index, block, done) if stages is None else {},
+        )
+        return solver, done
+
+
+def set_up(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    plan: QuantizationPlan,
+    execution: ExecutionPlan,
+    device: torch.device,
+    source: Source,
+    output: OutputFolder,
+    journal: Journal,
+    passes: Passes,
+    work_dir: Path,
+) -> BlockSetup:
+    """Make what all blocks share: RoPE tables and activation slots."""
+    family = architecture.family
+    config = layer_config(family, checkpoint.config)
+    compute = getattr(torch, plan.compute_type)
+    rope = Rope(family, config, plan.sequence_length, compute, device)
+    width, listener = architecture.width, passes.listener
+    slots = RunSlots(plan, width, execution, work_dir, listener)
+    return BlockSetup(
+        plan, family, config, rope, source, output, journal, slots, passes, work_dir
+    )
+
+
+def keeper(
+    index: int, plan: QuantizationPlan, source: Source, output: OutputFolder
+) -> Keep:
+    """Give what writes a block's solutions to the output, packed."""
+    types = source.linear_types(index)
+
+    def keep(linear: str, solution: Solution) -> None:
+        scheme = scheme_for(plan, solution.code_OI.shape[1])
+        name = block_prefix(index) + linear
+        output.write(encode_linear(name, solution, scheme, types[linear]))
+
+    return keep

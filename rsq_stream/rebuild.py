@@ -1,0 +1,188 @@
+"""Make damaged bytes again from the last good state, or refuse.
+
+====================================  ============================================
+what                                  made again from
+====================================  ============================================
+input of block 0                      the calibration windows and the embedding
+input of block n                      the input of block n-1, which lives until n
+                                      writes its outputs, and the codes of n-1
+h                                     the input, and the codes of q, k, v, o
+slots about to be written over        nothing
+token weights                         the input, and the source's q and k
+codes of the unfinished block         their stage and those after it, solved again
+embedding, head, norms, biases        the source
+codes of finished blocks              the source for ``rtn``, else nothing: refused
+====================================  ============================================
+
+What comes out is compared with the checksums of what was lost.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rsq_stream.block_progress import KEEPS_H, TOKEN_WEIGHTS
+from rsq_stream.block_setup import BlockSetup
+from rsq_stream.calibration import Windows
+from rsq_stream.errors import DamagedError
+from rsq_stream.events import Listener, Notice
+from rsq_stream.model.architecture import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    STAGES,
+    block_of,
+    block_prefix,
+)
+from rsq_stream.output_folder import OutputFolder
+from rsq_stream.source import Source
+from rsq_stream.storage.activations import Slot
+from rsq_stream.storage.journal import Journal
+
+
+class Rebuilder:
+    """Mends what a run finds damaged; the same thing once a block."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        output: OutputFolder,
+        source: Source,
+        setup: BlockSetup | None,
+        round_again: Callable[[int], object],
+        listener: Listener,
+    ) -> None:
+        """Without ``setup`` there are no activations, and blocks are only rounded."""
+        self._journal = journal
+        self._output = output
+        self._source = source
+        self._setup = setup
+        self._round_again = round_again
+        self._listener = listener
+        self._tried: set[tuple[int, str]] = set()
+
+    def rebuild(
+        self, block: int, windows: Windows | None, damage: DamagedError
+    ) -> None:
+        """Make again what is damaged, while ``block`` is the one in work.
+
+        Raises
+        ------
+        DamagedError
+            The same one: nothing is left to make it from.
+        """
+        if (block, damage.part) in self._tried:
+            raise damage
+        self._tried.add((block, damage.part))
+        try:
+            made_from = self._rebuilt(block, windows, damage)
+        except DamagedError as other:
+            raise damage from other
+        text = f"{damage.what}; made again from {made_from}"
+        self._listener(Notice(text=text))
+
+    def _rebuilt(
+        self, block: int, windows: Windows | None, damage: DamagedError
+    ) -> str:
+        setup, part = self._setup, damage.part
+        if setup is None:
+            return self._tensor(block, damage)
+        x, h = setup.slots.input_of(block), setup.slots.h
+        if part == x.folder.name:
+            if block == 0 and windows is not None:
+                x.discard()
+                setup.embed(windows, self._source.embedding())
+                self._require_same(x, damage)
+                return "the calibration windows"
+            if block > 0:
+                self._output_of(setup, block - 1, x)
+                self._require_same(x, damage)
+                return f"the input of block {block - 1}"
+        elif part == setup.slots.input_of(block + 1).folder.name:
+            setup.slots.input_of(block + 1).discard()
+            return "nothing: it was about to be written over"
+        elif part == h.folder.name and self._journal.stages(block) <= KEEPS_H:
+            h.discard()
+            return "nothing: it was about to be written over"
+        elif part == h.folder.name:
+            solver, _ = setup.open(
+                block, self._source.block(block), self._journal.stages(block)
+            )
+            x.checksums = x.checksums or self._journal.chunks(x.folder.name)
+            h.discard()
+            solver.replay_h()
+            self._require_same(h, damage)
+            return "the block's input"
+        elif part == TOKEN_WEIGHTS:
+            solver, _ = setup.open(block, self._source.block(block), 0)
+            crc = setup.progress.write_token_weights(solver.weigh())
+            if crc != self._journal.chunks(TOKEN_WEIGHTS).get(block):
+                raise damage
+            return "the block's input"
+        return self._tensor(block, damage)
+
+    def _output_of(self, setup: BlockSetup, block: int, x_next: Slot) -> None:
+        """Run a finished block again, on its input and with its codes."""
+        x = setup.slots.input_of(block)
+        x.checksums = x.checksums or self._journal.chunks(x.folder.name)
+        solver, _ = setup.open(block, self._source.block(block), len(STAGES))
+        x_next.discard()
+        setup.slots.h.discard()
+        solver.replay_h()
+        solver.advance()
+
+    def _require_same(self, slot: Slot, damage: DamagedError) -> None:
+        if slot.checksums != self._journal.chunks(slot.folder.name):
+            raise damage
+
+    def _tensor(self, block: int, damage: DamagedError) -> str:
+        """Write a tensor of the output again, or have its stage solved again."""
+        name, wanted = damage.part, self._journal.tensors().get(damage.part)
+        stored = self._from_source(name)
+        owner = block_of(name)
+        if stored is not None:
+            self._output.write({name: stored})
+        elif self._setup is None and owner is not None:
+            self._round_again(owner)
+        elif self._setup is not None and owner == block:
+            return self._solve_again(block, name)
+        else:
+            raise damage
+        self._output.sync()
+        if self._output.checksum(name) != wanted:
+            raise damage
+        return "the source"
+
+    def _from_source(self, name: str) -> Tensor | None:
+        """Give a tensor that is stored as the source has it; None for codes."""
+        outer = {
+            EMBEDDING: self._source.embedding,
+            FINAL_NORM: self._source.final_norm,
+            HEAD: self._source.head,
+        }
+        if name in outer:
+            return outer[name]()
+        owner = block_of(name)
+        if owner is None:
+            return None
+        return self._source.unquantized(owner, self._source.block(owner)).get(name)
+
+    def _solve_again(self, block: int, name: str) -> str:
+        """Take back the stage that a tensor belongs to, and those after it."""
+        prefix = block_prefix(block)
+        stage = next(
+            number
+            for number, made in enumerate(STAGES)
+            if any(name.startswith(f"{prefix}{linear}.") for linear in made.linears)
+        )
+        linears = [
+            prefix + linear for made in STAGES[stage:] for linear in made.linears
+        ]
+        tensors = [
+            tensor
+            for tensor in self._journal.tensors()
+            if tensor.startswith(tuple(f"{linear}." for linear in linears))
+        ]
+        self._journal.forget_stages(block, stage, linears, tensors)
+        self._output.forget(tensors)
+        return f"the block's input, from stage {STAGES[stage].name} on"
