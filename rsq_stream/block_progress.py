@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from rsq_stream.block_solver import TokenWeights
+from rsq_stream.block_solver import WRITES_H, TokenWeights
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
@@ -26,8 +26,6 @@ from rsq_stream.storage.activations import Slot
 from rsq_stream.storage.journal import Journal
 
 TOKEN_WEIGHTS = "token-weights.safetensors"
-KEEPS_H = 2
-"""The stage that writes h."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class BlockProgress:
         chunks = {}
         if stage == 0:
             chunks[TOKEN_WEIGHTS] = {index: self.write_token_weights(token_weights)}
-        if stage == KEEPS_H:
+        if stage == WRITES_H:
             self.h.flush(durable=True)
             chunks[self.h.folder.name] = self.h.checksums
         self.output.sync()
@@ -101,7 +99,7 @@ class BlockProgress:
         """
         if done == 0:
             return {}
-        if done > KEEPS_H:
+        if done > WRITES_H:
             self.h.checksums = self.journal.chunks(self.h.folder.name)
         path = self.work_dir / TOKEN_WEIGHTS
         content = path.read_bytes() if path.is_file() else b""

@@ -55,6 +55,7 @@ class BlockSetup:
     def embed(self, windows: Windows, embedding_VD: Tensor) -> None:
         """Write the first block's input, durably."""
         slot = self.slots.input_of(0)
+        slot.renew()
         for unit in range(slot.shape.units):
             self.passes.check()
             count = slot.shape.unit_sequences

@@ -28,6 +28,8 @@ from rsq_stream.storage.activations import Slot
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], "TokenWeights"], None]
+WRITES_H = 2
+"""The stage whose pass writes h."""
 TokenWeights = dict[int, Tensor]
 """Importance of a block's tokens, end to end, by unit; exact in bf16."""
 
@@ -77,6 +79,8 @@ class BlockSolver:
         )
         for number in range(done, len(STAGES)):
             before = len(self.records)
+            if number == WRITES_H:
+                self.slots.h.renew()
             self._solve_stage(STAGES[number], *inputs[number])
             self.finish_stage(number, self.records[before:], self.token_weights)
         self.advance()
@@ -89,6 +93,7 @@ class BlockSolver:
 
     def replay_h(self) -> None:
         """Write h once more, by the quantized weights that the block holds."""
+        self.slots.h.renew()
         self._replay("h", self._mlp_in)
         self.slots.h.flush(durable=True)
 
@@ -199,7 +204,7 @@ class BlockSolver:
         """Write x' of the quantized block, durably: the next block's input."""
         device = self.block.weight("mlp.down_proj").device
         slots = self.slots
-        slots.x_next.clear()
+        slots.x_next.renew()
 
         def one(unit: int, h_BTD: Tensor) -> Tensor:
             h_BTD = h_BTD.to(device)

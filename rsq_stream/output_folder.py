@@ -173,6 +173,8 @@ class OutputFolder:
             path = self.path / name
             sound = path.is_file() and path.stat().st_size == size
             if not sound or atomic.sha256_of(path) != sha256:
+                # No finished output any more: so --restart may remove it.
+                atomic.remove_file(self.path / SEAL)
                 raise OutputError(
                     f"{path}: is gone or not what was written; the disk or somebody"
                     " changed it, --restart starts over"

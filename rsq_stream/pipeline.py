@@ -25,7 +25,7 @@ from rsq_stream.config import (
     RunOptions,
 )
 from rsq_stream.device_change import settled
-from rsq_stream.errors import DamagedError, DiskFullError, Interrupted, ScratchError
+from rsq_stream.errors import DamagedError, Interrupted, ScratchError
 from rsq_stream.events import (
     BlockFinished,
     LinearRecord,
@@ -94,6 +94,7 @@ def quantize(
     stop = stop or threading.Event()
     require_apart(options.output, options.work_dir)
     with (
+        room.said_when_full(execution, options),
         RunFolder(options.work_dir) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
     ):
@@ -120,9 +121,6 @@ def quantize(
                 "stopped; the same command goes on after"
                 f" block {run.finished} of {run.architecture.blocks}"
             ) from error
-        except DiskFullError as error:
-            needs = room.still_needed(execution, options)
-            raise DiskFullError(f"{error}; {needs}") from error
         finally:
             run.close()
         if not options.keep_work:

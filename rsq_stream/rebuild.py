@@ -7,7 +7,6 @@ input of block 0                      the calibration windows and the embedding
 input of block n                      the input of block n-1, which lives until n
                                       writes its outputs, and the codes of n-1
 h                                     the input, and the codes of q, k, v, o
-slots about to be written over        nothing
 token weights                         the input, and the source's q and k
 codes of the unfinished block         their stage and those after it, solved again
 embedding, head, norms, biases        the source
@@ -21,7 +20,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rsq_stream.block_progress import KEEPS_H, TOKEN_WEIGHTS
+from rsq_stream.block_progress import TOKEN_WEIGHTS
 from rsq_stream.block_setup import BlockSetup
 from rsq_stream.calibration import Windows
 from rsq_stream.errors import DamagedError
@@ -90,26 +89,18 @@ class Rebuilder:
         x, h = setup.slots.input_of(block), setup.slots.h
         if part == x.folder.name:
             if block == 0 and windows is not None:
-                x.discard()
                 setup.embed(windows, self._source.embedding())
                 self._require_same(x, damage)
                 return "the calibration windows"
             if block > 0:
-                self._output_of(setup, block - 1, x)
+                self._output_of(setup, block - 1)
                 self._require_same(x, damage)
                 return f"the input of block {block - 1}"
-        elif part == setup.slots.input_of(block + 1).folder.name:
-            setup.slots.input_of(block + 1).discard()
-            return "nothing: it was about to be written over"
-        elif part == h.folder.name and self._journal.stages(block) <= KEEPS_H:
-            h.discard()
-            return "nothing: it was about to be written over"
         elif part == h.folder.name:
             solver, _ = setup.open(
                 block, self._source.block(block), self._journal.stages(block)
             )
             x.checksums = x.checksums or self._journal.chunks(x.folder.name)
-            h.discard()
             solver.replay_h()
             self._require_same(h, damage)
             return "the block's input"
@@ -121,13 +112,11 @@ class Rebuilder:
             return "the block's input"
         return self._tensor(block, damage)
 
-    def _output_of(self, setup: BlockSetup, block: int, x_next: Slot) -> None:
+    def _output_of(self, setup: BlockSetup, block: int) -> None:
         """Run a finished block again, on its input and with its codes."""
         x = setup.slots.input_of(block)
         x.checksums = x.checksums or self._journal.chunks(x.folder.name)
         solver, _ = setup.open(block, self._source.block(block), len(STAGES))
-        x_next.discard()
-        setup.slots.h.discard()
         solver.replay_h()
         solver.advance()
 

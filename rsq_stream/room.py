@@ -5,9 +5,11 @@ What lies there already of an earlier part of the run is taken off what it needs
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rsq_stream.config import ExecutionPlan, RunOptions
+from rsq_stream.errors import DiskFullError
 from rsq_stream.storage import atomic
 
 
@@ -25,12 +27,17 @@ def shortage(execution: ExecutionPlan, options: RunOptions) -> str | None:
     return None
 
 
-def still_needed(execution: ExecutionPlan, options: RunOptions) -> str:
-    """Say for each disk what the rest of the run needs and what is free."""
-    return "; ".join(
-        f"the rest of the run needs {needed} bytes at {folder}, {free} are free"
-        for folder, needed, free in _disks(execution, options)
-    )
+@contextmanager
+def said_when_full(execution: ExecutionPlan, options: RunOptions) -> Iterator[None]:
+    """Add to a full disk's error what the rest of the run needs, and what is free."""
+    try:
+        yield
+    except DiskFullError as error:
+        needs = "; ".join(
+            f"the rest of the run needs {needed} bytes at {folder}, {free} are free"
+            for folder, needed, free in _disks(execution, options)
+        )
+        raise DiskFullError(f"{error}; {needs}") from error
 
 
 def _disks(

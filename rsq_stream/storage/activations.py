@@ -15,7 +15,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,15 +176,17 @@ class Slot:
                 atomic.sync_folder(self.folder.parent)
 
     def clear(self) -> None:
-        """Forget what the slot holds, before something else is written to it."""
+        """Forget what the slot holds: nobody needs it any more."""
         self._memory.clear()
         self.checksums.clear()
 
-    def discard(self) -> None:
-        """Remove what is on disk, so that a damaged array can be written anew."""
+    def renew(self) -> None:
+        """Make ready for other contents; what a dead process left here is removed."""
+        wait(self._writes)  # whatever became of them
+        self._writes.clear()
         self.clear()
-        self._array = None
-        atomic.remove_tree(self.folder)
+        if self._array is None:
+            atomic.remove_tree(self.folder)
 
     def close(self) -> None:
         """Stop reading and writing."""
