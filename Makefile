@@ -16,7 +16,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check fix test-gpu bench bench-gpu clean
+.PHONY: help demo test test-faults soak check fix test-gpu bench bench-gpu clean
 
 help: ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,8 +40,11 @@ fix: $(READY) ## format, and mend what ruff can mend
 	$(VENV_BIN)/ruff format .
 	$(VENV_BIN)/ruff check --fix .
 
-test-faults: $(READY) ## kill a toy run at every step on disk (some 20 minutes a kind)
-	RSQ_FAULT_STRIDE=1 $(VENV_BIN)/pytest tests/test_faults.py $(ARGS)
+test-faults: $(READY) ## every step on disk, every kind of crash (some 20 minutes)
+	RSQ_ALL_FAULTS=1 $(VENV_BIN)/pytest tests/test_faults.py $(ARGS)
+
+soak: $(READY) ## SIGKILL at random times for 10 minutes (ARGS="--minutes 1")
+	$(PY) tests/soak.py $(ARGS)
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)

@@ -201,6 +201,15 @@ class Job:
     batch: Annotated[
         int, _value(PLACE, "--batch", "N", "Units in flight.", "two a thread")
     ] = 0
+    allow_device_change: Annotated[
+        bool,
+        _flag(
+            PLACE,
+            "--allow-device-change",
+            "Go on with a run of another kind of device; other bytes, and recorded.",
+            False,
+        ),
+    ] = False
     restart: Annotated[
         bool,
         _flag(PLACE, "--restart", "Drop an unfinished run in the work folder.", False),

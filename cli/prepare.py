@@ -115,6 +115,7 @@ def run_options(model: str, job: Job, device: str, ram_bytes: int | None) -> Run
         ram_bytes=ram_bytes,
         workers=pick_workers(job.threads, device),
         units_in_flight=job.batch,
+        allow_device_change=job.allow_device_change,
         restart=job.restart,
         keep_work=job.keep_work,
     )

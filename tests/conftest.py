@@ -1,5 +1,8 @@
 """What every test may use, and what the report says about the machine."""
 
+import os
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -9,10 +12,15 @@ from rsq_stream.cli.main import main
 
 from rsq_stream.demo import MODEL
 from tests.cli_runs import Run
+from tests.toy import quick_folder
 
 # Small products lose more to OpenMP's barriers than they gain; what threads may
 # change is tested through the pool.
 torch.set_num_threads(1)
+
+# Where there is room, temporary folders lie in memory: a run syncs at every step.
+if quick_folder() is not None:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(quick_folder()))
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = ("torch", "numpy", "numba", "transformers", "zarr")
@@ -42,6 +50,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared beside the checkout, which is absent")
     return folder
+
+
+@pytest.fixture(scope="module")
+def disk_folder() -> Iterator[Path]:
+    """A folder on a disk, for what memory would not show."""
+    with tempfile.TemporaryDirectory(prefix="rsq-stream-test-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

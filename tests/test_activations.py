@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,13 @@ from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 ODD = SlotShape(7, 5, 12, 3, torch.float32)
 """Three units, of which the last holds one sequence."""
+
+
+@pytest.fixture
+def tmp_path(disk_folder: Path) -> Iterator[Path]:
+    """On a disk, as direct I/O is not a matter of memory."""
+    with tempfile.TemporaryDirectory(dir=disk_folder) as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from tests.cli_runs import Run
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 JOB_FLAGS = """
-    --asymmetric --batch --bits --calibration --damping --device --expand
+    --allow-device-change --asymmetric --batch --bits --calibration --damping
+    --device --expand
     --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --keep-work --method --output --ram --restart --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +31,18 @@ from tests.faults import (
     replayed,
     restore,
 )
-from tests.toy import Recorder, contents, run_toy, toy_checkpoint
+from tests.toy import Recorder, contents, quick_folder, run_toy, toy_checkpoint
 
 ALL = bool(os.environ.get("RSQ_ALL_FAULTS"))
 EXAMPLES = 3000 if ALL else 150
-_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in memory where there is one: a sync costs nothing there."""
-    folder = tmp_path_factory.mktemp("faults")
-    if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 1 << 28:
-        folder = _MEMORY / f"rsq-stream-{os.getpid()}"
-        folder.mkdir()
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = quick_folder() or tmp_path_factory.mktemp("faults")
+    with tempfile.TemporaryDirectory(prefix="rsq-stream-", dir=folder) as made:
+        yield Path(made)
 
 
 @dataclass(frozen=True)

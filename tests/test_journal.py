@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsq_stream.errors import ScratchError
-from rsq_stream.storage.journal import NAME, Journal
+from rsq_stream.storage.journal import NAME, Journal, SourceRecord
+from tests.toy import quick_folder
 
 BEFORE: dict[str, Any] = {
     "chunks": {0: 11, 1: 12},
@@ -181,3 +185,65 @@ def test_replay_gives_what_a_dictionary_would(rounds: list[tuple[Any, ...]]) -> 
         assert journal.tensors() == tensors
         assert journal.linears() == linears
         assert journal.block_seconds() == [1.0] * len(rounds)
+
+
+STEPS = st.lists(
+    st.sampled_from(["stage", "block", "shard", "source", "facts"]), max_size=14
+)
+
+
+def done_in_order(path: Path, kinds: list[str], first: int, last: int) -> None:
+    """Do the steps from ``first`` up to ``last`` of a run, as a process would."""
+    with Journal(path) as journal:
+        for place in range(first, last):
+            kind, block = kinds[place], kinds[:place].count("block")
+            since = kinds[:place][::-1]
+            stage = (since.index("block") if "block" in since else place) and sum(
+                made == "stage"
+                for made in since[: since.index("block") if "block" in since else None]
+            )
+            names = {f"{block}.{stage}": place}
+            made: dict[str, Any] = {f"{block}.{stage}": {"bits": place}}
+            if kind == "stage":
+                journal.finish_stage(block, stage, {"h": {0: place}}, made, names)
+            elif kind == "block":
+                slot = ("even", "odd")[block % 2]
+                journal.finish_block(block, slot, 1.0, {0: place}, made, names)
+            elif kind == "shard":
+                journal.finish_shard(f"s{place}", place, "ff")
+            elif kind == "source":
+                journal.put_source(SourceRecord({"x": ("now", "aa")}, {"t": "bb"}))
+            else:
+                journal.put({"output": str(place)})
+
+
+def rows(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as database:
+        return list(database.iterdump())
+
+
+@settings(deadline=None)
+@given(STEPS, st.data())
+def test_any_prefix_and_then_the_rest_is_the_whole(
+    kinds: list[str], data: st.DataObject
+) -> None:
+    stop = data.draw(st.integers(0, len(kinds)), label="killed after")
+    # A killed run repeats the step it was in: what it did not commit.
+    with tempfile.TemporaryDirectory(dir=quick_folder()) as folder:
+        whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+        done_in_order(whole, kinds, 0, len(kinds))
+        done_in_order(cut, kinds, 0, stop)
+        done_in_order(cut, kinds, max(0, stop - 1), len(kinds))
+        assert rows(cut) == rows(whole)
+
+
+def test_a_changed_row_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    with Journal(path) as journal:
+        journal.finish_block(0, "even", 1.0, **BEFORE)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE tensors SET crc32 = crc32 + 1 WHERE name = 'a.x'")
+        database.commit()
+    message = rf"^{path}: the journal is damaged .*; --restart starts over$"
+    with pytest.raises(ScratchError, match=message):
+        Journal(path)

@@ -23,7 +23,8 @@ from tests.toy import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS, WIDTH = 512, 512
+TOKENS, WIDTH = 512, 256
+FEW, MANY = 64, 2048
 SEQUENCE_BYTES = TOKENS * WIDTH * 2
 PLAN = {
     "unit_sequences": 4,
@@ -89,9 +90,9 @@ def run(folder: Path, output: Path, samples: int, ram: str) -> tuple[Peak, int]:
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy(disk_folder: Path) -> Path:
     return toy_checkpoint(
-        tmp_path_factory.mktemp("memory") / "toy",
+        disk_folder / "toy",
         width=WIDTH,
         heads=1,
         kv_heads=1,
@@ -104,9 +105,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def peaks(toy: Path) -> tuple[Peak, Peak, int]:
-    """Peaks with 64 and 1056 samples, and the budget of both."""
-    few, ram = run(toy, toy.with_name("few"), 64, "least")
-    many, _ = run(toy, toy.with_name("many"), 1056, str(ram))
+    """Peaks with few and with many samples, and the budget of both."""
+    few, ram = run(toy, toy.with_name("few"), FEW, "least")
+    many, _ = run(toy, toy.with_name("many"), MANY, str(ram))
     return few, many, ram
 
 
@@ -120,7 +121,7 @@ pytestmark = [
 
 def test_memory_does_not_grow_with_the_samples(peaks: tuple[Peak, Peak, int]) -> None:
     few, many, ram = peaks
-    added = (1056 - 64) * SEQUENCE_BYTES
+    added = (MANY - FEW) * SEQUENCE_BYTES
     assert added > 500_000_000
     growth = many.anonymous - few.anonymous
     assert growth < 0.05 * added, f"{few}, {many}, budget {ram}"
@@ -131,9 +132,9 @@ def test_memory_stays_within_the_budget(peaks: tuple[Peak, Peak, int]) -> None:
     assert max(few.resident, many.resident) <= ram
 
 
-def test_memory_decides_no_byte(toy: Path, tmp_path: Path) -> None:
-    small, _ = run(toy, tmp_path / "small", 256, "least")
-    large, _ = run(toy, tmp_path / "large", 256, str(64 << 30))
-    assert contents(tmp_path / "small") == contents(tmp_path / "large")
+def test_memory_decides_no_byte(toy: Path, disk_folder: Path) -> None:
+    small, _ = run(toy, disk_folder / "small", 256, "least")
+    large, _ = run(toy, disk_folder / "large", 256, str(64 << 30))
+    assert contents(disk_folder / "small") == contents(disk_folder / "large")
     # Three slots in memory, less what may stay there in the small run.
     assert large.anonymous - small.anonymous > 2 * 256 * SEQUENCE_BYTES

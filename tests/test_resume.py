@@ -2,7 +2,10 @@
 
 import errno
 import itertools
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,12 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.errors import Interrupted, OutputError, ScratchError
+from rsq_stream.errors import (
+    Interrupted,
+    OutputError,
+    PlanMismatchError,
+    ScratchError,
+)
 from rsq_stream.events import BlockFinished, Event
 from rsq_stream.storage import atomic
 from rsq_stream.storage.steps import observed
@@ -196,3 +204,55 @@ def test_dead_at_any_step_on_disk(
             assert contents(output) == expected, steps[place]
             assert place in removals
         assert_done(output, expected)
+
+
+def test_a_moved_work_folder_goes_on(
+    toy: Path, whole: tuple[Files, list[Event]], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(toy, tmp_path / "out", listener=Recorder(16), **RUN)
+    moved = (tmp_path / "out.work").rename(tmp_path / "elsewhere")
+    run_toy(toy, tmp_path / "out", **RUN | {"options": {"work_dir": moved}})
+    assert_done(tmp_path / "out", whole[0])
+
+
+def test_another_kind_of_device_is_refused_unless_allowed(
+    toy: Path, whole: tuple[Files, list[Event]], tmp_path: Path
+) -> None:
+    output, stop = tmp_path / "out", threading.Event()
+
+    def listener(event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        run_toy(toy, output, listener=listener, stop=stop, **RUN)
+    fields = {"device_kind": "another card", "tile_rows": 96}
+    other: dict[str, Any] = RUN | {"plan": RUN["plan"] | fields}
+    message = r"device_kind was 'cpu .*' and is now 'another card'; .*--allow-device-ch"
+    with pytest.raises(PlanMismatchError, match=message):
+        run_toy(toy, output, **other)
+    with pytest.raises(PlanMismatchError, match="seed was 0"):
+        run_toy(toy, output, **other, seed=1, options={"allow_device_change": True})
+    run_toy(toy, output, **other, options={"allow_device_change": True})
+    manifest = json.loads((output / "rsq_stream.json").read_bytes())
+    change = {"from_block": 1, "device_kind": "another card"}
+    assert manifest["device_changes"] == [change]
+    # Here the bytes are the same, as the "other" device is this one.
+    shards = [name for name in whole[0] if name.endswith(".safetensors")]
+    assert {n: (output / n).read_bytes() for n in shards} == {
+        n: whole[0][n] for n in shards
+    }
+
+
+def test_real_kills_at_random_times() -> None:
+    soak = Path(__file__).with_name("soak.py")
+    done = subprocess.run(
+        [sys.executable, str(soak), "--minutes", "0.2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(", 0 refused\n")

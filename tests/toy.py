@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -267,6 +268,13 @@ class Recorder:
         self.events.append(event)
         if len(self.events) - 1 == self._fail_at:
             raise self._error
+
+
+def quick_folder() -> Path | None:
+    """Give a folder in memory, where there is one: a sync costs nothing there."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 32
+    return memory if roomy else None
 
 
 def linear_names(blocks: int) -> list[str]:
