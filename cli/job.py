@@ -94,6 +94,16 @@ class Job:
             "Added to the Hessian's diagonal, as a share of its mean.",
         ),
     ] = 0.01
+    propagate: Annotated[
+        float | None,
+        _value(
+            _CODES,
+            "--propagate",
+            "A",
+            "Share of earlier layers' error to make up for; 0 carries one stream.",
+            "0.5 for rsq, else 0",
+        ),
+    ] = None
     seed: Annotated[
         int, _value(_CODES, "--seed", "N", "Of the rotation and of the windows.")
     ] = 0

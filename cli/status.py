@@ -70,7 +70,7 @@ def read_status(work_dir: Path) -> dict[str, Any]:
         total = journal.get("blocks")
         seconds = journal.block_seconds()
         linears = list(journal.linears().values())
-    done = last[0] + 1 if last else 0
+    done = 0 if last is None else last + 1
     timed = seconds[-done:] if done else []  # the first row is no block: embeddings
     linears.sort(key=lambda made: float(made["relative_error"]), reverse=True)
     return {

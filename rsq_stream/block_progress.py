@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from rsq_stream.block_solver import WRITES_H, TokenWeights
+from rsq_stream.block_solver import TokenWeights
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
@@ -24,6 +24,7 @@ from rsq_stream.source import Source
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot
 from rsq_stream.storage.journal import Journal
+from rsq_stream.streams import WRITES_H
 
 TOKEN_WEIGHTS = "token-weights.safetensors"
 
@@ -35,7 +36,8 @@ class BlockProgress:
     plan: QuantizationPlan
     journal: Journal
     output: OutputFolder
-    h: Slot
+    h: list[Slot]
+    """Each stream's h."""
     source: Source
     work_dir: Path
 
@@ -51,8 +53,9 @@ class BlockProgress:
         if stage == 0:
             chunks[TOKEN_WEIGHTS] = {index: self.write_token_weights(token_weights)}
         if stage == WRITES_H:
-            self.h.flush(durable=True)
-            chunks[self.h.folder.name] = self.h.checksums
+            for slot in self.h:
+                slot.flush(durable=True)
+                chunks[slot.folder.name] = slot.checksums
         self.output.sync()
         self.journal.finish_stage(
             index,
@@ -100,7 +103,8 @@ class BlockProgress:
         if done == 0:
             return {}
         if done > WRITES_H:
-            self.h.checksums = self.journal.chunks(self.h.folder.name)
+            for slot in self.h:
+                slot.checksums = self.journal.chunks(slot.folder.name)
         path = self.work_dir / TOKEN_WEIGHTS
         content = path.read_bytes() if path.is_file() else b""
         if self.journal.chunks(TOKEN_WEIGHTS).get(index) != zlib.crc32(content):

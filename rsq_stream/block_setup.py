@@ -23,6 +23,7 @@ from rsq_stream.slots import RunSlots
 from rsq_stream.source import Source
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,22 @@ class BlockSetup:
             self.plan,
             self.journal,
             self.output,
-            self.slots.h,
+            [slots.h for slots in self.slots.of_block(0)],
             self.source,
             self.work_dir,
         )
 
     def embed(self, windows: Windows, embedding_VD: Tensor) -> None:
-        """Write the first block's input, durably."""
-        slot = self.slots.input_of(0)
-        slot.renew()
-        for unit in range(slot.shape.units):
-            self.passes.check()
-            count = slot.shape.unit_sequences
-            token_BT = windows.tokens(unit * count, count)
-            x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
-            slot.write(unit, x_BTD, durable=True)
-        slot.flush(durable=True)
+        """Write the first block's input, durably: the same for all streams."""
+        for slot in self.slots.inputs_of(0):
+            slot.renew()
+            for unit in range(slot.shape.units):
+                self.passes.check()
+                count = slot.shape.unit_sequences
+                token_BT = windows.tokens(unit * count, count)
+                x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
+                slot.write(unit, x_BTD, durable=True)
+            slot.flush(durable=True)
 
     def open(
         self, index: int, tensors: Mapping[str, Tensor], stages: int | None = None
@@ -84,17 +85,24 @@ class BlockSetup:
         weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
         compute = getattr(torch, self.plan.compute_type)
         cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
-        block = Block(self.family, self.config, index, cast, self.rope)
-        progress = self.progress
+        # Both hold the source's weights, until those of the first are replaced.
+        streams = [
+            Stream(
+                Block(self.family, self.config, index, cast, self.rope),
+                slots,
+                self.plan,
+            )
+            for slots in self.slots.of_block(index)
+        ]
+        block, progress = streams[0].block, self.progress
         done = self.journal.stages(index) if stages is None else stages
         progress.replace_solved(index, block, done)
         solver = BlockSolver(
             index,
-            block,
+            streams,
             weights,
             grids,
             self.plan,
-            self.slots.of_block(index),
             self.passes,
             keeper(index, self.plan, self.source, self.output),
             partial(progress.finish_stage, index),

@@ -15,21 +15,18 @@ from rsq_stream.algorithm import importance
 from rsq_stream.algorithm.factor import factorise
 from rsq_stream.algorithm.grid import Grid, decode
 from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.algorithm.propagation import Drift, stream_error
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import STAGES, Stage, block_prefix
-from rsq_stream.model.block import Block
+from rsq_stream.model.architecture import STAGES, block_prefix
 from rsq_stream.packed_format import scheme_for
 from rsq_stream.passes import Passes, flat, require_finite
-from rsq_stream.slots import Slots
-from rsq_stream.storage.activations import Slot
+from rsq_stream.streams import WRITES_H, StageInput, Stream
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], "TokenWeights"], None]
-WRITES_H = 2
-"""The stage whose pass writes h."""
 TokenWeights = dict[int, Tensor]
 """Importance of a block's tokens, end to end, by unit; exact in bf16."""
 
@@ -51,19 +48,18 @@ class BlockSolver:
     """One block on its way from full precision to codes."""
 
     index: int
-    block: Block
+    streams: list[Stream]
+    """The quantized stream; with error propagation the full-precision one too."""
     weights: dict[str, Tensor]
     """fp32 weights by linear; each is dropped when it is solved."""
     grids: dict[str, Grid]
     plan: QuantizationPlan
-    slots: Slots
     passes: Passes
     keep: Keep
     finish_stage: FinishStage
     token_weights: TokenWeights = field(default_factory=dict)
     """Filled by the first stage, or given where that one is done already."""
     records: list[LinearRecord] = field(default_factory=list)
-    _attention: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, done: int) -> list[LinearRecord]:
         """Solve all stages but the first ``done``, and write the block's outputs.
@@ -71,74 +67,53 @@ class BlockSolver:
         The linears of the stages that are done must hold their quantized weights.
         Gives the records of the others.
         """
-        inputs = (
-            (self.slots.x, self._attention_in),
-            (self.slots.x, self._attention_out),
-            (self.slots.x, self._mlp_in),
-            (self.slots.h, self._mlp_out),
-        )
         for number in range(done, len(STAGES)):
             before = len(self.records)
             if number == WRITES_H:
-                self.slots.h.renew()
-            self._solve_stage(STAGES[number], *inputs[number])
+                for stream in self.streams:
+                    stream.slots.h.renew()
+            self._solve_stage(number)
             self.finish_stage(number, self.records[before:], self.token_weights)
-        self.advance()
+        for stream in self.streams:
+            stream.advance(self.passes, self.index)
         return self.records
 
     def weigh(self) -> TokenWeights:
         """Give the tokens' weights alone; q and k must be those of the source."""
-        self._replay("token weights", self._attention_in)
-        return self.token_weights
-
-    def replay_h(self) -> None:
-        """Write h once more, by the quantized weights that the block holds."""
-        self.slots.h.renew()
-        self._replay("h", self._mlp_in)
-        self.slots.h.flush(durable=True)
-
-    def _replay(self, what: str, function: Callable[[int, Tensor], Tensor]) -> None:
-        device = self.block.weight("mlp.down_proj").device
 
         def one(unit: int, x_BTD: Tensor) -> None:
-            function(unit, x_BTD.to(device))
+            self._weigh(unit, self.streams[0].stage_input(0, unit, x_BTD))
 
-        for _ in self.passes.over(self.slots.x, self.index, what, one):
-            pass
+        self.streams[0].each(self.passes, self.index, "token weights", one)
+        return self.token_weights
 
-    def _solve_stage(
-        self, stage: Stage, slot: Slot, stage_input: Callable[[int, Tensor], Tensor]
-    ) -> None:
-        columns = self.weights[stage.linears[0]].shape[1]
-        device = self.weights[stage.linears[0]].device
-        hessian = Hessian(columns, self.plan.hessian_panel, device)
-
-        def one(unit: int, x_BTD: Tensor) -> Tensor:
-            first = unit * slot.shape.unit_sequences
-            value = stage_input(unit, x_BTD.to(device))
-            return require_finite(value, self.index, stage.name, first)
-
-        for run in self.passes.over(slot, self.index, stage.name, one):
-            units = [(flat(value), self.token_weights[unit]) for unit, value in run]
-            hessian.add(units, self.passes.pool)
+    def _solve_stage(self, number: int) -> None:
+        stage, pool = STAGES[number], self.passes.pool
+        hessian, drift = self._accumulate(number)
         self.passes.check()
-        pool = self.passes.pool
         try:
             factor = factorise(hessian, self.plan.damping, self.plan.tile_columns, pool)
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
             raise NumericalError(f"{where}: {error}") from error
         for linear in stage.linears:
+            weight_OI = self.weights.pop(linear)
+            if drift is not None:
+                weight_OI = drift.corrected(
+                    weight_OI, factor, self.plan.propagate, self.plan.tile_rows, pool
+                )
             solution = solve(
-                self.weights.pop(linear),
+                weight_OI,
                 factor,
                 self.grids[linear],
-                scheme_for(self.plan, columns).group_size,
+                scheme_for(self.plan, weight_OI.shape[1]).group_size,
                 dynamic_scales=self.plan.group_scales == "dynamic",
                 tile_rows=self.plan.tile_rows,
                 pool=pool,
             )
-            self.block.replace_weight(linear, decoded(solution, self.grids[linear]))
+            self.streams[0].block.replace_weight(
+                linear, decoded(solution, self.grids[linear])
+            )
             self.keep(linear, solution)
             self.records.append(
                 record(
@@ -152,17 +127,55 @@ class BlockSolver:
                 )
             )
 
-    def _attention_in(self, unit: int, x_BTD: Tensor) -> Tensor:
-        """Give a, and keep the importance of the unit's tokens, once per block."""
-        a_BTD = self.block.attention_input(self._computed(x_BTD))
-        self.token_weights[unit] = self._weigh(a_BTD).reshape(-1)
-        return a_BTD
+    def _accumulate(self, number: int) -> tuple[Hessian, Drift | None]:
+        """One pass over the calibration set: a stage's statistics."""
+        stage, plan, device = STAGES[number], self.plan, self.streams[0].block.device
+        outputs, columns = self.weights[stage.linears[0]].shape
+        hessian = Hessian(columns, plan.hessian_panel, device)
+        drift, alone = None, None
+        if plan.propagate > 0:
+            # Linears that share their input share C - H; o and down have a G each.
+            alone = self.weights[stage.linears[0]] if len(stage.linears) == 1 else None
+            drift = Drift(
+                outputs if alone is not None else None,
+                columns,
+                plan.hessian_panel,
+                device,
+            )
 
-    def _weigh(self, a_BTD: Tensor) -> Tensor:
+        def one(unit: int, *read: Tensor) -> tuple[Tensor, Tensor | None]:
+            made = [
+                stream.stage_input(number, unit, x_BTD.to(device))
+                for stream, x_BTD in zip(self.streams, read, strict=True)
+            ]
+            if number == 0:
+                self._weigh(unit, made[0])
+            first = unit * plan.unit_sequences
+            u_TI = flat(
+                require_finite(made[0].value_BTI, self.index, stage.name, first)
+            )
+            if drift is None:
+                return u_TI, None
+            return u_TI, drift_error(made[0], made[1], self.token_weights[unit], alone)
+
+        slots = [stream.slot(number) for stream in self.streams]
+        for run in self.passes.over(slots, self.index, stage.name, one):
+            units = [(u_TI, self.token_weights[unit]) for unit, (u_TI, _) in run]
+            hessian.add(units, self.passes.pool)
+            if drift is not None:
+                errors = [
+                    (error, u_TI) for _, (u_TI, error) in run if error is not None
+                ]
+                drift.add(errors, self.passes.pool)
+        return hessian, drift
+
+    def _weigh(self, unit: int, attention_in: StageInput) -> None:
+        """Keep the importance of a unit's tokens, once per block."""
+        a_BTD, plan = attention_in.value_BTI, self.plan
         sequences, tokens = a_BTD.shape[:2]
-        plan = self.plan
         if plan.importance == "attncon":
-            score_BT = importance.attention_concentration(self.block.column_sums(a_BTD))
+            sums_BT = self.streams[0].block.column_sums(a_BTD)
+            score_BT = importance.attention_concentration(sums_BT)
             spread_BT = importance.affine(
                 score_BT, plan.importance_min, plan.importance_max
             )
@@ -173,60 +186,29 @@ class BlockSolver:
             ).to(a_BTD.device)
         else:
             weight_BT = torch.ones(sequences, tokens, device=a_BTD.device)
-        return importance.rounded(weight_BT)
+        self.token_weights[unit] = importance.rounded(weight_BT).reshape(-1)
 
-    def _attention_out(self, unit: int, x_BTD: Tensor) -> Tensor:
-        """Give c, by the quantized q, k, v."""
-        a_BTD = self.block.attention_input(self._computed(x_BTD))
-        c_BTI = self._stored(self.block.attention_output(a_BTD))
-        if unit < self.slots.resident:
-            self._attention[unit] = c_BTI.to("cpu")
-        return self._computed(c_BTI)
 
-    def _mlp_in(self, unit: int, x_BTD: Tensor) -> Tensor:
-        """Give m, by the quantized o; h is kept for the passes that follow."""
-        x_BTD = self._computed(x_BTD)
-        if unit in self._attention:
-            c_BTI = self._computed(self._attention.pop(unit).to(x_BTD.device))
-        else:
-            c_BTI = self._attention_out(unit, x_BTD)
-            self._attention.pop(unit, None)
-        h_BTD = self._stored(self.block.after_attention(x_BTD, c_BTI))
-        self.slots.h.write(unit, h_BTD, durable=True)
-        return self.block.mlp_input(self._computed(h_BTD))
+def drift_error(
+    quantized: StageInput,
+    full: StageInput,
+    weight_T: Tensor,
+    weight_OI: Tensor | None,
+) -> Tensor:
+    """Give what a unit adds to a stage's drift, for each token: w times the error.
 
-    def _mlp_out(self, unit: int, h_BTD: Tensor) -> Tensor:
-        """Give u, by the quantized gate and up."""
-        del unit
-        return self.block.mlp_output(self.block.mlp_input(self._computed(h_BTD)))
-
-    def advance(self) -> None:
-        """Write x' of the quantized block, durably: the next block's input."""
-        device = self.block.weight("mlp.down_proj").device
-        slots = self.slots
-        slots.x_next.renew()
-
-        def one(unit: int, h_BTD: Tensor) -> Tensor:
-            h_BTD = h_BTD.to(device)
-            u_BTI = self._mlp_out(unit, h_BTD)
-            x_BTD = self.block.after_mlp(self._computed(h_BTD), u_BTI)
-            return self._stored(x_BTD)
-
-        for run in self.passes.over(slots.h, self.index, "outputs", one):
-            for unit, x_BTD in run:
-                first = unit * slots.h.shape.unit_sequences
-                require_finite(x_BTD, self.index, "outputs", first)
-                slots.x_next.write(unit, x_BTD, durable=True)
-        slots.x_next.flush(durable=True)
-        slots.h.clear()
-
-    def _computed(self, x: Tensor) -> Tensor:
-        """Bring stored activations into the type that is computed in."""
-        return x.to(getattr(torch, self.plan.compute_type))
-
-    def _stored(self, x: Tensor) -> Tensor:
-        """Round to the cache type: what a resumed pass would read is what is used."""
-        return x.to(getattr(torch, self.plan.cache_type))
+    That of the input, or with ``weight_OI`` that of the output and its residual.
+    """
+    weighted_TI = stream_error(
+        flat(full.value_BTI), flat(quantized.value_BTI), weight_T
+    )
+    if weight_OI is None:
+        return weighted_TI
+    error_TO = weighted_TI @ weight_OI.T
+    if quantized.residual_BTD is not None and full.residual_BTD is not None:
+        residuals = flat(full.residual_BTD), flat(quantized.residual_BTD)
+        error_TO += stream_error(*residuals, weight_T)
+    return error_TO
 
 
 def decoded(solution: Solution, grid: Grid) -> Tensor:

@@ -74,6 +74,9 @@ class QuantizationPlan:
     expand: int
     """Rolled copies per window, 1 for none."""
     seed: int
+    propagate: float
+    """How much of the error of earlier layers a linear's targets make up for; 0 for
+    none, and then no full-precision stream is carried."""
     cache_type: str
     """Type of stored activations: the source's."""
     compute_type: str
@@ -119,6 +122,7 @@ class QuantizationPlan:
         )
         _require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
         _require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
+        _require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
         _require(
             0 <= self.importance_min <= self.importance_max,
             "importance-min",
@@ -171,6 +175,11 @@ class QuantizationPlan:
     def units(self) -> int:
         """Units of computation; the last one may hold fewer sequences."""
         return -(-self.sequences // self.unit_sequences)
+
+    @property
+    def streams(self) -> int:
+        """Streams of activations: the quantized, and the full-precision one beside."""
+        return 2 if self.propagate > 0 else 1
 
     @property
     def needs_calibration(self) -> bool:

@@ -13,7 +13,7 @@ def settled(journal: Journal, plan: QuantizationPlan) -> QuantizationPlan:
     last_kind = changes[-1]["device_kind"] if changes else kept.device_kind
     if last_kind != plan.device_kind:
         last = journal.last_block()
-        block = 0 if last is None else last[0] + 1
+        block = 0 if last is None else last + 1
         changes.append({"from_block": block, "device_kind": plan.device_kind})
         journal.put({"device_changes": json.dumps(changes)})
     return kept

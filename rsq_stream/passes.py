@@ -5,7 +5,7 @@ are taken in the units' order: so neither budget nor workers change a bit.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,27 +31,27 @@ class Passes:
 
     def over(
         self,
-        slot: Slot,
+        slots: Sequence[Slot],
         block: int,
         stage: str,
-        function: Callable[[int, Tensor], Result],
+        function: Callable[..., Result],
     ) -> Iterator[list[tuple[int, Result]]]:
-        """Apply a function to (unit, activations) of a slot; gives runs of results.
+        """Apply a function to (unit, activations of each slot); gives runs of results.
 
         Raises
         ------
         Interrupted
             The stop event was set; nothing that was finished is lost.
         """
-        units = slot.shape.units
+        units = slots[0].shape.units
         self.listener(StageStarted(block=block, stage=stage, units=units))
-        reads = slot.read(range(units))
+        reads = zip(*(slot.read(range(units)) for slot in slots), strict=True)
         for first in range(0, units, self.in_flight):
             self.check()
             run = range(first, min(first + self.in_flight, units))
-            items = [(unit, next(reads)) for unit in run]
+            items = [(unit, *next(reads)) for unit in run]
             results = self.pool.map(lambda item: function(*item), items)
-            tokens = sum(x_BTD.shape[0] * x_BTD.shape[1] for _, x_BTD in items)
+            tokens = sum(item[1].shape[0] * item[1].shape[1] for item in items)
             yield list(zip(run, results, strict=True))
             self.listener(
                 UnitsDone(block=block, stage=stage, units=len(run), tokens=tokens)

@@ -200,7 +200,7 @@ class _Run:
         facts["output"] = str(self._output.path.resolve())
         self._journal.put(facts)
         last = self._journal.last_block()
-        first = 0 if last is None else last[0] + 1
+        first = 0 if last is None else last + 1
         self.finished = first
         self._output.require_intact()
         plan = self._plan
@@ -214,8 +214,8 @@ class _Run:
         if last is None:
             self._write_outer()
         elif self._setup:
-            slot = self._setup.slots.input_of(first)
-            slot.checksums = self._journal.chunks(last[1])
+            for slot in self._setup.slots.inputs_of(first):
+                slot.checksums = self._journal.chunks(slot.folder.name)
         return first
 
     def _write_outer(self) -> None:
@@ -255,12 +255,11 @@ class _Run:
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:
         """Make a block's bytes durable, then journal it, then name full shards."""
         self._output.sync()
-        slot = self._setup.slots.input_of(index + 1) if self._setup else None
+        slots = self._setup.slots.inputs_of(index + 1) if self._setup else []
         self._journal.finish_block(
             index,
-            slot.folder.name if slot else "",
             seconds,
-            slot.checksums if slot else {},
+            {slot.folder.name: slot.checksums for slot in slots},
             {made.name: dataclasses.asdict(made) for made in records},
             self._output.new_checksums(),
             self._source.news(),

@@ -43,6 +43,8 @@ UNIT_TOKENS = 2048
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096
 """Default sequence length, where the model was made for as much."""
+PROPAGATE = 0.0
+"""Default of ``--propagate`` for rsq."""
 _OVERHEAD_BYTES = 160 << 20
 """Libraries loaded after planning, threads and the allocator: 90 to 100 MiB seen."""
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,6 +75,7 @@ class Settings:
     samples: int = 256
     sequence_length: int | None = None
     expand: int = 1
+    propagate: float | None = None
     seed: int = 0
     cache_type: str | None = None
 
@@ -163,6 +166,9 @@ def make_plan(
     linear_type = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight").dtype
     source_type = str(linear_type).removeprefix("torch.")
     calibrated = settings.method != "rtn"
+    propagate = settings.propagate
+    if propagate is None:
+        propagate = PROPAGATE if settings.method == "rsq" else 0.0
     # Of a file the tokens are hashed; its path decides nothing.
     calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
@@ -189,6 +195,7 @@ def make_plan(
         sequence_length=length,
         expand=settings.expand,
         seed=settings.seed,
+        propagate=propagate,
         cache_type=settings.cache_type or source_type,
         compute_type=source_type if cuda else "float32",
         unit_sequences=max(1, UNIT_TOKENS // length),
@@ -249,13 +256,13 @@ def plan_execution(
             f" {(used + working) / 2**30:.2f}GiB for one block, its Hessian and one"
             " unit of activations"
         )
-    slots = 3 if plan.needs_calibration else 0
+    slots = 3 * plan.streams if plan.needs_calibration else 0
     spare = max(0, budget - used - working)
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
     layouts = plan_layouts(checkpoint, architecture, plan)
     output_bytes = sum(layout.size_bytes for layout in layouts)
     passes = architecture.blocks
-    durable = shape.slot_bytes * (2 * passes + 1) if slots else 0
+    durable = plan.streams * shape.slot_bytes * (2 * passes + 1) if slots else 0
     return ExecutionPlan(
         in_flight=in_flight,
         resident_units=resident,
@@ -284,6 +291,9 @@ def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     block = 4 * sum(prod(shape) for shape in architecture.block_shapes().values())
     inputs = max(architecture.linear_shape(name)[1] for name in LINEARS)
     hessian = 4 * inputs * inputs if plan.needs_calibration else 0
+    if plan.propagate > 0:
+        width = architecture.width
+        hessian += 4 * width * max(inputs, width)  # the drift of down, or of q, k, v
     outer = 2 * 4 * architecture.vocabulary * architecture.width
     return max(2 * block + hessian, outer)
 
@@ -295,4 +305,6 @@ def _unit_working_bytes(
     tokens = plan.unit_sequences * plan.sequence_length
     widths = 4 * architecture.width + 3 * architecture.mlp_width
     # Beside the pass itself: one unit read ahead, one waiting to be written.
-    return 4 * tokens * widths + 2 * shape.unit_bytes
+    # With two streams, also the drift's errors beside their inputs.
+    widths *= plan.streams
+    return 4 * tokens * widths + 2 * plan.streams * shape.unit_bytes

@@ -7,6 +7,8 @@ input of block 0                      the calibration windows and the embedding
 input of block n                      the input of block n-1, which lives until n
                                       writes its outputs, and the codes of n-1
 h                                     the input, and the codes of q, k, v, o
+                                      (of the full-precision stream: the source's
+                                      weights in place of the codes)
 token weights                         the input, and the source's q and k
 codes of the unfinished block         their stage and those after it, solved again
 embedding, head, norms, biases        the source
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from rsq_stream.block_progress import TOKEN_WEIGHTS
 from rsq_stream.block_setup import BlockSetup
+from rsq_stream.block_solver import BlockSolver
 from rsq_stream.calibration import Windows
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import Listener, Notice
@@ -86,39 +89,50 @@ class Rebuilder:
         setup, part = self._setup, damage.part
         if setup is None:
             return self._tensor(block, damage)
-        x, h = setup.slots.input_of(block), setup.slots.h
-        if part == x.folder.name:
-            if block == 0 and windows is not None:
-                setup.embed(windows, self._source.embedding())
-                self._require_same(x, damage)
-                return "the calibration windows"
-            if block > 0:
-                self._output_of(setup, block - 1)
-                self._require_same(x, damage)
-                return f"the input of block {block - 1}"
-        elif part == h.folder.name:
-            solver, _ = setup.open(
-                block, self._source.block(block), self._journal.stages(block)
-            )
-            x.checksums = x.checksums or self._journal.chunks(x.folder.name)
-            solver.replay_h()
-            self._require_same(h, damage)
-            return "the block's input"
-        elif part == TOKEN_WEIGHTS:
-            solver, _ = setup.open(block, self._source.block(block), 0)
+        for number, slots in enumerate(setup.slots.of_block(block)):
+            if part == slots.x.folder.name:
+                return self._input(setup, block, number, windows, damage)
+            if part == slots.h.folder.name:
+                solver, _ = self._open(setup, block, self._journal.stages(block))
+                solver.streams[number].replay_h(setup.passes, block)
+                self._require_same(slots.h, damage)
+                return "the block's input"
+        if part == TOKEN_WEIGHTS:
+            solver, _ = self._open(setup, block, 0)
             crc = setup.progress.write_token_weights(solver.weigh())
             if crc != self._journal.chunks(TOKEN_WEIGHTS).get(block):
                 raise damage
             return "the block's input"
         return self._tensor(block, damage)
 
-    def _output_of(self, setup: BlockSetup, block: int) -> None:
-        """Run a finished block again, on its input and with its codes."""
-        x = setup.slots.input_of(block)
-        x.checksums = x.checksums or self._journal.chunks(x.folder.name)
-        solver, _ = setup.open(block, self._source.block(block), len(STAGES))
-        solver.replay_h()
-        solver.advance()
+    def _input(
+        self,
+        setup: BlockSetup,
+        block: int,
+        stream: int,
+        windows: Windows | None,
+        damage: DamagedError,
+    ) -> str:
+        """Make a stream's input of a block again: what the block before put out."""
+        x = setup.slots.inputs_of(block)[stream]
+        if block == 0:
+            if windows is None:
+                raise damage
+            setup.embed(windows, self._source.embedding())
+        else:
+            solver, _ = self._open(setup, block - 1, len(STAGES))
+            solver.streams[stream].replay_h(setup.passes, block - 1)
+            solver.streams[stream].advance(setup.passes, block - 1)
+        self._require_same(x, damage)
+        return f"the input of block {block - 1}" if block else "the calibration windows"
+
+    def _open(
+        self, setup: BlockSetup, block: int, stages: int
+    ) -> tuple[BlockSolver, int]:
+        """Open a block with so many stages done, and its inputs known."""
+        for slot in setup.slots.inputs_of(block):
+            slot.checksums = slot.checksums or self._journal.chunks(slot.folder.name)
+        return setup.open(block, self._source.block(block), stages)
 
     def _require_same(self, slot: Slot, damage: DamagedError) -> None:
         if slot.checksums != self._journal.chunks(slot.folder.name):

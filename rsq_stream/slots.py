@@ -15,6 +15,8 @@ from rsq_stream.events import Listener, Notice
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 
+TURNS = ("even", "odd", "h")
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -27,8 +29,12 @@ class Slots:
     """Units whose attention output stays in memory; others compute it again."""
 
 
+STREAMS = ("", "full-")
+"""What the folders of a stream begin with: the quantized, the full-precision one."""
+
+
 class RunSlots:
-    """The three slots of a run, in its work folder."""
+    """The slots of a run in its work folder: three for each of its streams."""
 
     def __init__(
         self,
@@ -45,39 +51,41 @@ class RunSlots:
             text = f"{work_dir}: no direct I/O here, so writes are buffered and fsynced"
             listener(Notice(text=text))
         self._resident = execution.resident_units
-        self._turns = [
-            Slot(
-                work_dir / name,
-                self.shape,
-                self._resident,
-                execution.in_flight,
-                direct=direct,
-            )
-            for name in ("even", "odd", "h")
+        self._streams = [
+            [
+                Slot(
+                    work_dir / f"{stream}{name}",
+                    self.shape,
+                    self._resident,
+                    execution.in_flight,
+                    direct=direct,
+                )
+                for name in TURNS
+            ]
+            for stream in STREAMS[: plan.streams]
         ]
 
-    def input_of(self, block: int) -> Slot:
-        """Give the slot that holds a block's input; a block's output is the next's."""
-        return self._turns[block % 2]
+    def inputs_of(self, block: int) -> list[Slot]:
+        """Give each stream's slot with a block's input, the output of the last."""
+        return [turns[block % 2] for turns in self._streams]
 
-    @property
-    def h(self) -> Slot:
-        """The slot between attention and MLP."""
-        return self._turns[2]
-
-    def of_block(self, block: int) -> Slots:
-        """Give a block's slots."""
-        return Slots(
-            x=self.input_of(block),
-            h=self.h,
-            x_next=self.input_of(block + 1),
-            resident=self._resident,
-        )
+    def of_block(self, block: int) -> list[Slots]:
+        """Give a block's slots, by stream."""
+        return [
+            Slots(
+                x=turns[block % 2],
+                h=turns[2],
+                x_next=turns[(block + 1) % 2],
+                resident=self._resident,
+            )
+            for turns in self._streams
+        ]
 
     def close(self) -> None:
         """Stop the threads that read and write."""
-        for slot in self._turns:
-            slot.close()
+        for turns in self._streams:
+            for slot in turns:
+                slot.close()
 
 
 def slot_shape(plan: QuantizationPlan, width: int) -> SlotShape:

@@ -33,7 +33,8 @@ JOB_FLAGS = """
     --allow-device-change --asymmetric --batch --bits --calibration --damping
     --device --expand
     --group-scales --group-size --importance --importance-max --importance-min
-    --importance-tokens --keep-work --method --output --ram --restart --revision
+    --importance-tokens --keep-work --method --output --propagate --ram --restart
+    --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
     --threads --unsigned-scales --work-dir
 """

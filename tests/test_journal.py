@@ -30,6 +30,19 @@ AFTER: dict[str, Any] = {
 }
 
 
+def finish(
+    journal: Journal,
+    block: int,
+    slot: str,
+    seconds: float,
+    chunks: Any,
+    linears: Any,
+    tensors: Any,
+) -> None:
+    """Commit a block whose outputs lie in one slot."""
+    journal.finish_block(block, seconds, {slot: chunks}, linears, tensors)
+
+
 def state(journal: Journal) -> tuple[Any, ...]:
     return (
         journal.last_block(),
@@ -52,13 +65,13 @@ def test_what_is_committed_is_there_after_reopening(tmp_path: Path) -> None:
     with Journal(tmp_path / NAME) as journal:
         journal.put({"plan": "{}", "blocks": "7"})
         journal.put({"blocks": "8"})
-        journal.finish_block(-1, "even", 0.5, **BEFORE)
-        journal.finish_block(0, "odd", 1.5, **AFTER)
+        finish(journal, -1, "even", 0.5, **BEFORE)
+        finish(journal, 0, "odd", 1.5, **AFTER)
         journal.finish_shard("y", 2**40, "ff")
         journal.finish_shard("x", 10, "ee")
     with Journal(tmp_path / NAME) as journal:
         assert (journal.get("plan"), journal.get("blocks")) == ("{}", "8")
-        assert journal.last_block() == (0, "odd")
+        assert journal.last_block() == 0
         assert journal.chunks("even") == {0: 11, 1: 12}
         assert journal.chunks("odd") == {0: 21}
         assert list(journal.linears()) == ["a", "b", "c"]
@@ -70,9 +83,9 @@ def test_what_is_committed_is_there_after_reopening(tmp_path: Path) -> None:
 
 def test_a_slot_forgets_the_chunks_it_held_before(tmp_path: Path) -> None:
     with Journal(tmp_path / NAME) as journal:
-        journal.finish_block(-1, "even", 0.0, **BEFORE)
-        journal.finish_block(0, "odd", 0.0, **AFTER)
-        journal.finish_block(1, "even", 0.0, {0: 31}, {}, {})
+        finish(journal, -1, "even", 0.0, **BEFORE)
+        finish(journal, 0, "odd", 0.0, **AFTER)
+        finish(journal, 1, "even", 0.0, {0: 31}, {}, {})
         assert journal.chunks("even") == {0: 31}
         assert journal.chunks("odd") == {0: 21}
 
@@ -83,10 +96,10 @@ def test_a_block_that_cannot_be_committed_leaves_nothing(
 ) -> None:
     broken = AFTER | {part: {"c": object()}}
     with Journal(tmp_path / NAME) as journal:
-        journal.finish_block(0, "even", 1.0, **BEFORE)
+        finish(journal, 0, "even", 1.0, **BEFORE)
         before = state(journal)
         with pytest.raises((ScratchError, TypeError)):
-            journal.finish_block(1, "even", 1.0, **broken)
+            finish(journal, 1, "even", 1.0, **broken)
         assert state(journal) == before
     with Journal(tmp_path / NAME) as journal:
         assert state(journal) == before
@@ -99,14 +112,14 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 journal = Journal(sys.argv[1])
 json.dumps = die
-journal.finish_block(1, "even", 1.0, {0: 21}, {"c": {"bits": 5}}, {"c.x": 3})
+journal.finish_block(1, 1.0, {"even": {0: 21}}, {"c": {"bits": 5}}, {"c.x": 3})
 """
 
 
 def test_a_kill_inside_a_commit_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / NAME
     with Journal(path) as journal:
-        journal.finish_block(0, "even", 1.0, **BEFORE)
+        finish(journal, 0, "even", 1.0, **BEFORE)
         before = state(journal)
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=60)
     assert done.returncode == -signal.SIGKILL
@@ -117,7 +130,7 @@ def test_a_kill_inside_a_commit_leaves_nothing(tmp_path: Path) -> None:
 def test_it_can_be_read_while_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / NAME
     with Journal(path) as writing, Journal(path, read_only=True) as reading:
-        writing.finish_block(0, "even", 1.0, **BEFORE)
+        finish(writing, 0, "even", 1.0, **BEFORE)
         assert state(reading) == state(writing)
         with pytest.raises(ScratchError, match=r"journal cannot be used"):
             reading.put({"plan": "{}"})
@@ -144,7 +157,7 @@ def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
 def test_a_damaged_journal_is_explained(tmp_path: Path, damage: str) -> None:
     path = tmp_path / NAME
     with Journal(path) as journal:
-        journal.finish_block(0, "even", 1.0, **BEFORE)
+        finish(journal, 0, "even", 1.0, **BEFORE)
     if damage == "text":
         path.write_text("this is no database, whatever it is called" * 40)
     else:
@@ -175,11 +188,11 @@ def test_replay_gives_what_a_dictionary_would(rounds: list[tuple[Any, ...]]) -> 
     with Journal(Path(":memory:")) as journal:
         for block, (chunks, made, written) in enumerate(rounds):
             slot = ("even", "odd")[block % 2]
-            journal.finish_block(block, slot, 1.0, chunks, made, written)
+            finish(journal, block, slot, 1.0, chunks, made, written)
             slots[slot] = chunks
             tensors |= written
             linears |= made
-            assert journal.last_block() == (block, slot)
+            assert journal.last_block() == block
         assert journal.chunks("even") == slots["even"]
         assert journal.chunks("odd") == slots["odd"]
         assert journal.tensors() == tensors
@@ -208,7 +221,7 @@ def done_in_order(path: Path, kinds: list[str], first: int, last: int) -> None:
                 journal.finish_stage(block, stage, {"h": {0: place}}, made, names)
             elif kind == "block":
                 slot = ("even", "odd")[block % 2]
-                journal.finish_block(block, slot, 1.0, {0: place}, made, names)
+                finish(journal, block, slot, 1.0, {0: place}, made, names)
             elif kind == "shard":
                 journal.finish_shard(f"s{place}", place, "ff")
             elif kind == "source":
@@ -240,7 +253,7 @@ def test_any_prefix_and_then_the_rest_is_the_whole(
 def test_a_changed_row_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / NAME
     with Journal(path) as journal:
-        journal.finish_block(0, "even", 1.0, **BEFORE)
+        finish(journal, 0, "even", 1.0, **BEFORE)
     with closing(sqlite3.connect(path)) as database:
         database.execute("UPDATE tensors SET crc32 = crc32 + 1 WHERE name = 'a.x'")
         database.commit()

@@ -172,7 +172,7 @@ def _final_hidden(
             del unit
             return block.forward(x_BTD.to(model.device))
 
-        for run in passes.over(slot, index, "forward", one):
+        for run in passes.over([slot], index, "forward", one):
             for unit, x_BTD in run:
                 require_finite(x_BTD, index, "forward", unit * shape.unit_sequences)
                 slot.write(unit, x_BTD, durable=False)

@@ -86,6 +86,11 @@ class Block:
         self._mlp.down_proj = nn.Identity()
         self._rope = rope
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return next(iter(self._linears.values())).weight.device
+
     def weight(self, linear: str) -> Float[Tensor, "O I"]:
         """Give the weight of a linear as it is now."""
         return self._linears[linear].weight

@@ -25,7 +25,7 @@ NAME = "journal.sqlite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS blocks (
-    block INTEGER PRIMARY KEY, slot TEXT NOT NULL, seconds REAL NOT NULL);
+    block INTEGER PRIMARY KEY, seconds REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS stages (
     block INTEGER, stage INTEGER, PRIMARY KEY (block, stage));
 CREATE TABLE IF NOT EXISTS chunks (
@@ -127,22 +127,21 @@ class Journal:
     def finish_block(
         self,
         block: int,
-        slot: str,
         seconds: float,
-        chunks: Mapping[int, int],
+        chunks: Mapping[str, Mapping[int, int]],
         linears: Mapping[str, Mapping[str, Any]],
         tensors: Mapping[str, int],
         source: SourceRecord | None = None,
     ) -> None:
-        """Commit a block: ``slot`` now holds its outputs, chunk checksums beside it.
+        """Commit a block, with the chunks of each slot that now holds its outputs.
 
         The caller has fsynced the chunks and the tensors before.
         """
         with self._transaction() as database:
-            self._put(block, {slot: chunks}, linears, tensors, source)
+            self._put(block, chunks, linears, tensors, source)
             database.execute("DELETE FROM stages")
             database.execute(
-                "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (block, slot, seconds)
+                "INSERT OR REPLACE INTO blocks VALUES (?, ?)", (block, seconds)
             )
 
     def finish_stage(
@@ -241,10 +240,10 @@ class Journal:
                 (name, size_bytes, sha256),
             )
 
-    def last_block(self) -> tuple[int, str] | None:
-        """Give the last finished block and the slot with its outputs."""
-        rows = self._rows("SELECT block, slot FROM blocks ORDER BY block DESC LIMIT 1")
-        return (int(rows[0][0]), str(rows[0][1])) if rows else None
+    def last_block(self) -> int | None:
+        """Give the last finished block; -1 where only what is outside is written."""
+        rows = self._rows("SELECT MAX(block) FROM blocks")
+        return None if rows[0][0] is None else int(rows[0][0])
 
     def block_seconds(self) -> list[float]:
         """Give how long each finished block took, in order."""

@@ -17,7 +17,7 @@ from rsq_stream.storage.journal import Journal
 
 _LOCK = "lock"
 OWN_FILES = (_LOCK, JOURNAL, "windows.safetensors", "token-weights.safetensors")
-OWN_FOLDERS = ("even", "odd", "h")
+OWN_FOLDERS = ("even", "odd", "h", "full-even", "full-odd", "full-h")
 """Activation slots; ``OWN_FILES`` and these are all that a run puts here."""
 _ENDINGS = ("", atomic.PARTIAL, "-journal")
 

@@ -1,0 +1,114 @@
+"""Correct the error that earlier layers have made: targets for the solver.
+
+For a linear W with input u in the quantized stream and u_full in the other, and for
+o and down the residual r that its output is added to,
+
+    G  = sum over tokens of w_t [ W (u_full - u) + (r_full - r) ] u^T
+    W' = W + a G (H + lambda I)^-1
+
+is, for a = 1 and lambda = 0, the least-squares answer to "give the full-precision
+output from the input that the quantized model has"; a < 1 damps it. Known as
+asymmetric calibration (GPTAQ, arXiv 2504.02692) and as quantization error
+propagation (QEP, arXiv 2504.09629).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.algorithm.factor import Factor
+from rsq_stream.ops.pool import Pool
+
+
+class Drift:
+    """G of one linear, or C - H of all linears that share an input, in fp32.
+
+    Accumulated like the Hessian: by panels of columns, each by one worker, unit after
+    unit. Linears that share their input and add to no residual share ``C - H``
+    (inputs x inputs): G = W (C - H). For o and down G itself is accumulated, which
+    for down is the smaller.
+    """
+
+    def __init__(
+        self, outputs: int | None, inputs: int, panel: int, device: torch.device
+    ) -> None:
+        """Make G of ``outputs`` rows; None for the C - H of linears that share it."""
+        self.shared = outputs is None
+        rows = inputs if outputs is None else outputs
+        self.matrix_RI: Float[Tensor, "R I"] = torch.zeros(
+            rows, inputs, dtype=torch.float32, device=device
+        )
+        self.panel = panel
+
+    def add(self, units: list[tuple[Tensor, Tensor]], pool: Pool) -> None:
+        """Add units of (weighted errors ``[T, R]`` in fp32, inputs ``[T, I]``)."""
+        inputs = self.matrix_RI.shape[1]
+
+        def add_panel(start: int) -> None:
+            end = min(start + self.panel, inputs)
+            for error_TR, u_TI in units:
+                accumulate(self.matrix_RI[:, start:end], error_TR, u_TI[:, start:end])
+
+        pool.map(add_panel, range(0, inputs, self.panel))
+
+    def corrected(
+        self,
+        weight_OI: Float[Tensor, "O I"],
+        factor: Factor,
+        share: float,
+        tile_rows: int,
+        pool: Pool,
+    ) -> Float[Tensor, "O I"]:
+        """Compute W' = W + share G (H + lambda I)^-1 with the solver's factor.
+
+        H + lambda I = U D U^T, so it is two triangular solves a row: rows are
+        independent.
+        """
+        upper_II = factor.matrix_II
+
+        def one(rows: tuple[Tensor, Tensor]) -> Tensor:
+            weight_RI, drift_RI = rows
+            if self.shared:
+                drift_RI = weight_RI @ self.matrix_RI
+            half_RI = torch.linalg.solve_triangular(
+                upper_II.T, drift_RI, upper=False, left=False, unitriangular=True
+            )
+            whole_RI = torch.linalg.solve_triangular(
+                upper_II,
+                half_RI / factor.scale_I,
+                upper=True,
+                left=False,
+                unitriangular=True,
+            )
+            corrected_RI: Tensor = weight_RI + share * whole_RI
+            return corrected_RI
+
+        own_OI = weight_OI if self.shared else self.matrix_RI
+        parts = zip(weight_OI.split(tile_rows), own_OI.split(tile_rows), strict=True)
+        return torch.cat(pool.map(one, list(parts)))
+
+
+def accumulate(
+    panel_RC: Float[Tensor, "R C"], error_TR: Float[Tensor, "T R"], u_TC: Tensor
+) -> None:
+    """Compute ``panel += error_TR^T u_TC`` in place, accumulating in fp32.
+
+    bf16 inputs: the error goes in two bf16 terms, which keep 16 of its bits.
+    """
+    if u_TC.dtype == torch.float32:
+        panel_RC.addmm_(error_TR.T, u_TC)
+        return
+    high_TR = error_TR.to(u_TC.dtype)
+    low_TR = (error_TR - high_TR.float()).to(u_TC.dtype)
+    for term_TR in (high_TR, low_TR):
+        panel_RC += torch.mm(term_TR.T, u_TC, out_dtype=torch.float32)
+
+
+def stream_error(
+    full_TI: Tensor, u_TI: Tensor, weight_T: Float[Tensor, "T"]
+) -> Float[Tensor, "T I"]:
+    """Give w (u_full - u), of inputs or of residuals.
+
+    Of inputs it makes ``Drift`` accumulate C - H.
+    """
+    return weight_T[:, None] * (full_TI.float() - u_TI.float())

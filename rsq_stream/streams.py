@@ -1,0 +1,129 @@
+"""A stream of activations on its way through a block, stage by stage.
+
+The quantized stream is what the quantized model sees, and comes first; with error
+propagation the full-precision one goes beside it, with the source's weights. Both
+run the same functions, each on its own block and slots.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.model.block import Block
+from rsq_stream.passes import Passes, require_finite
+from rsq_stream.slots import Slots
+from rsq_stream.storage.activations import Slot
+
+WRITES_H = 2
+"""The stage whose pass writes h; the one after it reads it."""
+
+
+class StageInput(NamedTuple):
+    """What the linears of a stage read, and what their output is added to."""
+
+    value_BTI: Tensor
+    residual_BTD: Tensor | None = None
+    """x for o, h for down; the other linears add to nothing."""
+
+
+@dataclass
+class Stream:
+    """One stream: a block whose weights may change between stages, and its slots."""
+
+    block: Block
+    slots: Slots
+    plan: QuantizationPlan
+    _attention: dict[int, Tensor] = field(default_factory=dict)
+    """Attention outputs of resident units, between the second and third stage."""
+
+    def slot(self, stage: int) -> Slot:
+        """Give the slot that a stage's pass reads."""
+        return self.slots.h if stage > WRITES_H else self.slots.x
+
+    def stage_input(self, stage: int, unit: int, read_BTD: Tensor) -> StageInput:
+        """Compute the input of a stage from what its slot holds of a unit."""
+        stages = (self._attention_in, self._attention_out, self._mlp_in, self._mlp_out)
+        return stages[stage](unit, read_BTD)
+
+    def _attention_in(self, unit: int, x_BTD: Tensor) -> StageInput:
+        """Give a = norm1(x)."""
+        del unit
+        return StageInput(self.block.attention_input(self._computed(x_BTD)))
+
+    def _attention_out(self, unit: int, x_BTD: Tensor) -> StageInput:
+        """Give c, by the present q, k, v."""
+        a_BTD = self.block.attention_input(self._computed(x_BTD))
+        c_BTI = self._stored(self.block.attention_output(a_BTD))
+        if unit < self.slots.resident:
+            self._attention[unit] = c_BTI.to("cpu")
+        return StageInput(self._computed(c_BTI), x_BTD)
+
+    def _mlp_in(self, unit: int, x_BTD: Tensor) -> StageInput:
+        """Give m, by the present o; h is kept for the passes that follow."""
+        x_BTD = self._computed(x_BTD)
+        if unit in self._attention:
+            c_BTI = self._computed(self._attention.pop(unit).to(x_BTD.device))
+        else:
+            c_BTI = self._attention_out(unit, x_BTD).value_BTI
+            self._attention.pop(unit, None)
+        h_BTD = self._stored(self.block.after_attention(x_BTD, c_BTI))
+        self.slots.h.write(unit, h_BTD, durable=True)
+        return StageInput(self.block.mlp_input(self._computed(h_BTD)))
+
+    def _mlp_out(self, unit: int, h_BTD: Tensor) -> StageInput:
+        """Give u, by the present gate and up."""
+        del unit
+        m_BTD = self.block.mlp_input(self._computed(h_BTD))
+        return StageInput(self.block.mlp_output(m_BTD), h_BTD)
+
+    def replay_h(self, passes: Passes, index: int) -> None:
+        """Write h once more, by the weights that the block holds."""
+        self.slots.h.renew()
+        self.each(passes, index, "h again", self._mlp_in)
+        self.slots.h.flush(durable=True)
+
+    def each(
+        self,
+        passes: Passes,
+        index: int,
+        what: str,
+        function: Callable[[int, Tensor], object],
+    ) -> None:
+        """Apply a function to the block's input, unit by unit, for its effect."""
+        device = self.block.device
+
+        def one(unit: int, x_BTD: Tensor) -> None:
+            function(unit, x_BTD.to(device))
+
+        for _ in passes.over([self.slots.x], index, what, one):
+            pass
+
+    def advance(self, passes: Passes, index: int) -> None:
+        """Write x', durably: the next block's input."""
+        slots, device = self.slots, self.block.device
+        slots.x_next.renew()
+
+        def one(unit: int, h_BTD: Tensor) -> Tensor:
+            u_BTI, h_BTD_ = self._mlp_out(unit, h_BTD.to(device))
+            assert h_BTD_ is not None
+            return self._stored(self.block.after_mlp(self._computed(h_BTD_), u_BTI))
+
+        for run in passes.over([slots.h], index, "outputs", one):
+            for unit, x_BTD in run:
+                first = unit * slots.h.shape.unit_sequences
+                require_finite(x_BTD, index, "outputs", first)
+                slots.x_next.write(unit, x_BTD, durable=True)
+        slots.x_next.flush(durable=True)
+        slots.h.clear()
+
+    def _computed(self, x: Tensor) -> Tensor:
+        """Bring stored activations into the type that is computed in."""
+        return x.to(getattr(torch, self.plan.compute_type))
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """Round to the cache type: what a resumed pass would read is what is used."""
+        return x.to(getattr(torch, self.plan.cache_type))
