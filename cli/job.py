@@ -104,6 +104,21 @@ class Job:
             "0.5 for rsq, else 0",
         ),
     ] = None
+    sweeps: Annotated[
+        int,
+        _value(
+            _CODES,
+            "--sweeps",
+            "N",
+            "Passes of coordinate descent over the codes; each costs like the solver.",
+        ),
+    ] = 0
+    refit: Annotated[
+        bool,
+        _flag(
+            _CODES, "--refit/--no-refit", "Fit the scales to the codes once they stand."
+        ),
+    ] = False
     seed: Annotated[
         int, _value(_CODES, "--seed", "N", "Of the rotation and of the windows.")
     ] = 0

@@ -110,6 +110,8 @@ class BlockSolver:
                 dynamic_scales=self.plan.group_scales == "dynamic",
                 tile_rows=self.plan.tile_rows,
                 pool=pool,
+                sweeps=self.plan.sweeps,
+                refit=self.plan.refit,
             )
             self.streams[0].block.replace_weight(
                 linear, decoded(solution, self.grids[linear])

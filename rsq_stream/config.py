@@ -53,6 +53,10 @@ class QuantizationPlan:
     """Exponent of the error that the clip search minimises."""
     clip_steps: int
     """Candidate scales per orientation, 1 % apart from the full range down."""
+    sweeps: int
+    """Passes of coordinate descent over the codes after the solver's own."""
+    refit: bool
+    """Scales are fitted to the codes again, by least squares in the Hessian's norm."""
     damping: float
     """Added to the Hessian's diagonal, as a share of its mean."""
     residual_rotation: str
@@ -122,6 +126,7 @@ class QuantizationPlan:
         )
         _require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
         _require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
+        _require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
         _require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
         _require(
             0 <= self.importance_min <= self.importance_max,

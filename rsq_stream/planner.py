@@ -76,6 +76,8 @@ class Settings:
     sequence_length: int | None = None
     expand: int = 1
     propagate: float | None = None
+    sweeps: int = 0
+    refit: bool = False
     seed: int = 0
     cache_type: str | None = None
 
@@ -182,6 +184,8 @@ def make_plan(
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,
+        sweeps=settings.sweeps,
+        refit=settings.refit,
         damping=settings.damping,
         residual_rotation=rotation_name(architecture.width) if rotated else "none",
         value_rotation=rotation_name(architecture.head_width) if rotated else "none",

@@ -37,6 +37,23 @@ class Factor:
     """lambda, as a share of H's mean diagonal."""
     attempts: int
     dead_inputs: int
+    damp: float
+    """lambda itself."""
+
+    def hessian_rows(self, start: int, end: int) -> Float[Tensor, "C I"]:
+        """Give rows of H + lambda I, from the half and the tiles that keep H."""
+        inputs, tile = self.matrix_II.shape[0], self.tiles[0].shape[0]
+        rows_CI = self.matrix_II.new_empty(end - start, inputs)
+        for at in range(start - start % tile, end, tile):
+            rows = slice(max(start, at), min(end, at + tile))
+            mine = slice(rows.start - start, rows.stop - start)
+            after = min(at + tile, inputs)
+            inside = slice(rows.start - at, rows.stop - at)
+            rows_CI[mine, :at] = self.matrix_II[rows, :at]
+            rows_CI[mine, at:after] = self.tiles[at // tile][inside]
+            rows_CI[mine, after:] = self.matrix_II[after:, rows].T
+        rows_CI[:, start:end].diagonal().add_(self.damp)
+        return rows_CI
 
 
 def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor:
@@ -73,6 +90,7 @@ def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor
                 damping=share,
                 attempts=attempt,
                 dead_inputs=int((diagonal_I == 0).sum()),
+                damp=damp,
             )
     raise NumericalError(
         f"the Hessian is not positive definite even with {share:g} times its mean"

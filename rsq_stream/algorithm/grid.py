@@ -64,6 +64,10 @@ class Grid:
         scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
         return torch.where(best_R < 0, -scale_R, scale_R), zero_R
 
+    def stored(self, scale: Tensor) -> Tensor:
+        """Round scales of either sign to the stored type."""
+        return scale.sign() * self._storable(scale.abs())
+
     def _storable(self, scale: Tensor) -> Tensor:
         """Round to the stored type; what would be stored as 0 or infinity is mended."""
         info = torch.finfo(self.storage_type)

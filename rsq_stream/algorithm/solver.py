@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid, decode
+from rsq_stream.algorithm.polish import Polish
 from rsq_stream.ops.pool import Pool
 from rsq_stream.ops.sweep import sweep
 
@@ -58,12 +59,15 @@ def solve(
     dynamic_scales: bool,
     tile_rows: int,
     pool: Pool,
+    sweeps: int = 0,
+    refit: bool = False,
 ) -> Solution:
     """Quantize a linear against the Hessian that ``factor`` holds.
 
     ``group_size`` divides I, or is -1 for one scale a row. With
     ``dynamic_scales`` a group's scale is searched on the targets, when the sweep
-    reaches it; otherwise on the weights. Where the solver's loss exceeds that of
+    reaches it; otherwise on the weights. ``sweeps`` passes of coordinate descent and
+    a ``refit`` of the scales follow (``polish.py``). Where the solver's loss exceeds that of
     rounding with the same scales, the rounded codes are kept.
     """
     solve_tile = partial(
@@ -72,6 +76,8 @@ def solve(
         grid=grid,
         group_size=group_size,
         dynamic_scales=dynamic_scales,
+        sweeps=sweeps,
+        refit=refit,
     )
     tiles = pool.map(solve_tile, weight_OI.split(tile_rows))
     solved, rounded, energy = torch.stack([tile.losses for tile in tiles]).sum(0)
@@ -120,6 +126,8 @@ def _solve_tile(
     grid: Grid,
     group_size: int,
     dynamic_scales: bool,
+    sweeps: int,
+    refit: bool,
 ) -> _Tile:
     rows, inputs = weight_RI.shape
     block = factor.tiles[0].shape[0] if group_size == -1 else group_size
@@ -158,10 +166,30 @@ def _solve_tile(
         nearest_RC = grid.nearest(weight_RC, scale_R, zero_R)
         nearest_RI[:, columns] = nearest_RC
         nearest_error_RI[:, columns] = weight_RC - level_RL.gather(1, nearest_RC.long())
+    if sweeps or refit:
+        polish = Polish(
+            weight_RI, code_RI, scale_RG, zero_RG, error_RI, factor, grid, group_size
+        )
+        polish.run(sweeps, refit=refit)
+        # Rounding is compared with the scales that are kept.
+        nearest_RI, nearest_error_RI = _rounded(weight_RI, scale_RG, zero_RG, grid)
     losses = [
         _loss(part_RI, factor) for part_RI in (error_RI, nearest_error_RI, weight_RI)
     ]
     return _Tile(code_RI, nearest_RI, scale_RG, zero_RG, torch.stack(losses))
+
+
+def _rounded(
+    weight_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Give the codes of plain rounding with given scales, and their errors."""
+    scale_RI, zero_RI = (
+        part_RG.repeat_interleave(weight_RI.shape[1] // part_RG.shape[1], dim=1)
+        for part_RG in (scale_RG, zero_RG)
+    )
+    code_RI = (torch.round(weight_RI / scale_RI) + zero_RI).clamp(0, grid.top)
+    error_RI = weight_RI - grid.rounded((code_RI - zero_RI) * scale_RI)
+    return code_RI.to(torch.uint8), error_RI
 
 
 def _current(weight_RC: Tensor, target_RC: Tensor, unit_CC: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Better scales and codes for a row that the sweep has quantized already.
+
+The sweep decides a column before it has seen those to the right. Afterwards both
+can be improved against the whole Hessian, each step closed and none raising the
+loss e (H + lambda I) e^T of a row:
+
+- refit: the scale of a group that fits its codes best, by least squares in the
+  Hessian's norm: s += (k H e^T) / (k H k^T), k the codes less the zero point. The
+  stored type is respected: a scale moves only where its rounded value gains.
+- descent: each code in turn moves to the level nearest its minimiser
+  (``ops/descent.py``; cyclic coordinate descent, as in QuantEase, arXiv 2309.01885).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.algorithm.factor import Factor
+from rsq_stream.algorithm.grid import Grid
+from rsq_stream.ops.descent import descend
+
+
+@dataclass
+class Polish:
+    """One tile of rows with its codes, on the way to better ones."""
+
+    weight_RI: Float[Tensor, "R I"]
+    code_RI: Tensor
+    scale_RG: Float[Tensor, "R G"]
+    zero_RG: Float[Tensor, "R G"]
+    error_RI: Float[Tensor, "R I"]
+    """weight - decoded, always that of the present codes and scales."""
+    factor: Factor
+    grid: Grid
+    group_size: int
+    """Columns per scale; -1 for one scale a row."""
+
+    def run(self, sweeps: int, *, refit: bool) -> None:
+        """Improve in place: ``sweeps`` passes of descent, each after a refit."""
+        for _ in range(max(sweeps, int(refit))):
+            if refit and self.group_size == -1:
+                self._refit_rows()
+            for start, end in self._blocks():
+                self._improve(start, end, refit=refit, descent=sweeps > 0)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        inputs = self.weight_RI.shape[1]
+        width = self.group_size
+        if width == -1:
+            width = self.factor.tiles[0].shape[0]
+        return [(at, min(at + width, inputs)) for at in range(0, inputs, width)]
+
+    def _improve(self, start: int, end: int, *, refit: bool, descent: bool) -> None:
+        """Refit and descend within one group (one tile, for one scale a row)."""
+        columns = slice(start, end)
+        rows_CI = self.factor.hessian_rows(start, end)
+        hessian_CC = rows_CI[:, columns]
+        pull_RC = self.error_RI @ rows_CI.T
+        group = 0 if self.group_size == -1 else start // self.group_size
+        if refit and self.group_size != -1:
+            step_RC = self._refit(columns, group, pull_RC, hessian_CC)
+            pull_RC -= step_RC @ hessian_CC
+        if descent:
+            scale_R, zero_R = self.scale_RG[:, group], self.zero_RG[:, group]
+            level_RL = self.grid.levels(scale_R, zero_R)
+            self.code_RI[:, columns] = descend(
+                self.code_RI[:, columns], pull_RC, hessian_CC, scale_R, zero_R, level_RL
+            )
+            self._decode(columns, group)
+
+    def _refit(
+        self, columns: slice, group: int, pull_RC: Tensor, hessian_CC: Tensor
+    ) -> Tensor:
+        """Move a group's scales where that gains; gives by how much values moved."""
+        steps_RC = self.code_RI[:, columns].float() - self.zero_RG[:, group, None]
+        gain_R = (steps_RC * pull_RC).sum(1)
+        energy_R = (steps_RC @ hessian_CC * steps_RC).sum(1)
+        before_RC = self.error_RI[:, columns].clone()
+        self._move(group, gain_R, energy_R)
+        self._decode(columns, group)
+        return before_RC - self.error_RI[:, columns]
+
+    def _refit_rows(self) -> None:
+        """Do the same for one scale a row: both sums go over all columns."""
+        gain_R = torch.zeros_like(self.scale_RG[:, 0])
+        energy_R = torch.zeros_like(gain_R)
+        steps_RI = self.code_RI.float() - self.zero_RG[:, :1]
+        for start, end in self._blocks():
+            rows_CI = self.factor.hessian_rows(start, end)
+            steps_RC = steps_RI[:, start:end]
+            gain_R += (steps_RC * (self.error_RI @ rows_CI.T)).sum(1)
+            energy_R += (steps_RC * (steps_RI @ rows_CI.T)).sum(1)
+        self._move(0, gain_R, energy_R)
+        self._decode(slice(None), 0)
+
+    def _move(self, group: int, gain_R: Tensor, energy_R: Tensor) -> None:
+        """Add gain / energy to the scales, rounded as stored, where the loss falls."""
+        scale_R = self.scale_RG[:, group]
+        wanted_R = scale_R + gain_R / energy_R.clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
+        moved_R = self.grid.stored(wanted_R)
+        step_R = moved_R - scale_R
+        better_R = (2 * gain_R - step_R * energy_R) * step_R > 0
+        # A scale that would change its sign belongs to other codes.
+        better_R &= (moved_R * scale_R > 0) & moved_R.isfinite()
+        self.scale_RG[:, group] = torch.where(better_R, moved_R, scale_R)
+
+    def _decode(self, columns: slice, group: int) -> None:
+        """Bring the errors up to date, with values as a loader computes them."""
+        steps_RC = self.code_RI[:, columns].float() - self.zero_RG[:, group, None]
+        decoded_RC = self.grid.rounded(steps_RC * self.scale_RG[:, group, None])
+        self.error_RI[:, columns] = self.weight_RI[:, columns] - decoded_RC
