@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rsq_stream.calibration import Windows
-    from rsq_stream.planner import Settings
+    from rsq_stream.settings import Settings
     from rsq_stream.storage.shards import Checkpoint
 
 ROTATIONS = ("portable", "none")
@@ -51,7 +51,8 @@ def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
 
     import torch
 
-    from rsq_stream.planner import inspect_checkpoint, make_plan, plan_execution
+    from rsq_stream.planner import inspect_checkpoint, plan_execution
+    from rsq_stream.settings import make_plan
 
     checkpoint = open_checkpoint(model, job.revision)
     architecture = inspect_checkpoint(checkpoint)
@@ -89,7 +90,7 @@ def settings_of(job: Job) -> "Settings":
         raise UsageError("--importance-tokens needs --importance first-n")
 
     from rsq_stream.calibration import DATA_SETS
-    from rsq_stream.planner import Settings
+    from rsq_stream.settings import Settings
 
     given = {
         field.name: getattr(job, field.name)

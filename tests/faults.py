@@ -116,13 +116,16 @@ class Recording:
             self.moments.append(Moment(when, kind, paths, _site(), image))
 
 
+_WRAPPERS = ("contextlib", "jaxtyping", "beartype")
+
+
 def _site() -> str:
     """Name the code that asked for a step: past the seam, ``atomic`` and contextlib."""
     frame: FrameType | None = sys._getframe(2)
     names: list[str] = []
     while frame is not None and len(names) < 2:
         module = frame.f_globals.get("__name__", "")
-        if module not in ("contextlib", steps.__name__):
+        if module.partition(".")[0] not in _WRAPPERS and module != steps.__name__:
             names.append(f"{module.rpartition('.')[2]}.{frame.f_code.co_name}")
         frame = frame.f_back
     return " < ".join(names)

@@ -17,12 +17,8 @@ from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read
 from rsq_stream.config import RunOptions
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from rsq_stream.pipeline import quantize
-from rsq_stream.planner import (
-    Settings,
-    inspect_checkpoint,
-    make_plan,
-    plan_execution,
-)
+from rsq_stream.planner import inspect_checkpoint, plan_execution
+from rsq_stream.settings import Settings, make_plan
 from rsq_stream.storage.files import open_files
 from rsq_stream.storage.shards import Checkpoint
 from tests import textbook
@@ -39,12 +35,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", ["gptq", "quarot", "rsq"])
 @pytest.mark.parametrize(("bits", "group_size"), [(3, -1), (2, 32)])
+@pytest.mark.parametrize(
+    ("method", "propagate"),
+    [("gptq", 0.0), ("quarot", 0.0), ("rsq", 0.0), ("rsq", 0.5)],
+)
 def test_perplexity_agrees_with_the_textbook(
     shared: Path,
     tmp_path: Path,
     method: Literal["gptq", "quarot", "rsq"],
+    propagate: float,
     bits: int,
     group_size: int,
 ) -> None:
@@ -61,6 +61,9 @@ def test_perplexity_agrees_with_the_textbook(
         method=method,
         bits=bits,
         group_size=group_size,
+        propagate=propagate,
+        sweeps=0,
+        refit=False,
         samples=SAMPLES,
         sequence_length=LENGTH,
     )
@@ -83,6 +86,7 @@ def test_perplexity_agrees_with_the_textbook(
         q_DD=_dense(plan.residual_rotation, width, 0) if rotated else None,
         r_KK=_dense(plan.value_rotation, head, 2**32) if rotated else None,
         importance_min=plan.importance_min,
+        propagate=propagate,
     )
     theirs = textbook.perplexity(model, judged_BT)
     assert ours.perplexity == pytest.approx(theirs, rel=0.005)

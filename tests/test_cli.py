@@ -25,13 +25,13 @@ from rsq_stream.events import (
     StageStarted,
     UnitsDone,
 )
-from rsq_stream.planner import Settings
+from rsq_stream.settings import Settings
 from tests.cli_runs import Run
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 JOB_FLAGS = """
     --allow-device-change --asymmetric --batch --bits --calibration --damping
-    --device --expand
+    --device --expand --no-refit --refit --sweeps
     --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --keep-work --method --output --propagate --ram --restart
     --revision

@@ -14,7 +14,7 @@ from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.block_solver import record
 from rsq_stream.ops.pool import Pool, single_threaded_products
 
-from . import textbook
+from . import textbook_solver
 from .test_config import plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -152,7 +152,7 @@ def test_codes_are_those_of_the_textbook(
     found, _ = solved(
         weight_OI, matrix_II, grid, group_size, dynamic=dynamic, device=device
     )
-    expected = textbook.gptq(
+    expected = textbook_solver.gptq(
         weight_OI,
         matrix_II,
         bits,
@@ -206,8 +206,8 @@ def test_rounding_is_kept_exactly_where_it_is_better():
         weight_OI, base_II = random(1, 32, seed=seed), random(32, 32, seed=seed)
         matrix_II = base_II @ base_II.T / 32 + 0.05 * torch.eye(32)
         found, _ = solved(weight_OI, matrix_II, grid, -1)
-        greedy = textbook.gptq(weight_OI, matrix_II, 2, -1, storage=STORAGE)
-        near = textbook.rtn(weight_OI, 2, -1, storage=STORAGE)
+        greedy = textbook_solver.gptq(weight_OI, matrix_II, 2, -1, storage=STORAGE)
+        near = textbook_solver.rtn(weight_OI, 2, -1, storage=STORAGE)
         better, worse = (
             loss(weight_OI - made.decoded_OI, matrix_II) for made in (near, greedy)
         )
@@ -242,7 +242,7 @@ def test_workers_do_not_change_a_bit(group_size, workers):
 def test_rounding_alone(group_size):
     weight_OI, grid = random(137, 160), make_grid(3)
     found = round_to_nearest(weight_OI, grid, group_size, 50, Pool(1))
-    expected = textbook.rtn(weight_OI, 3, group_size, storage=STORAGE)
+    expected = textbook_solver.rtn(weight_OI, 3, group_size, storage=STORAGE)
     assert torch.equal(found.code_OI, expected.codes_OI.to(torch.uint8))
     assert torch.equal(found.scale_OG.double(), expected.scale_OG)
     error = (weight_OI - expected.decoded_OI).square().sum()

@@ -11,17 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .textbook import (
     attention_sums,
-    clip_search,
-    gptq,
     in_float64,
     perplexity,
     quantize_model,
     received_attention,
     rotate,
-    rtn,
     stages,
     token_weights,
 )
+from .textbook_solver import clip_search, gptq, rtn
 
 # family -> KV heads and what else differs. mistral: 6 heads x 24 = 144, not 96.
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -6,129 +6,21 @@ Inputs of a linear, Groups (or KV heads), Rows, Columns, B sequences, Tokens, qu
 Heads, K wide each, D wide residual stream. Codes and zeros are whole float64.
 """
 
-from collections import namedtuple
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tests.textbook_solver import Quantized, gptq, propagated, rtn
+
 Model = Any  # a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM: typed in part only
-Quantized = namedtuple("Quantized", "codes_OI scale_OG zero_OG decoded_OI")
-
-
-def clip_search(
-    target_RC: Tensor,
-    bits: int,
-    *,
-    symmetric: bool = True,
-    signed: bool = True,
-    steps: int = 80,
-    exponent: float = 2.0,
-    storage: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each row with the least ``sum |t - decoded| ** e``.
-
-    Each step takes 1 % off the full range; ``signed`` also tries the mirrored grid.
-    Of equal errors the upright grid wins, then the larger.
-    """
-    target_RC = target_RC.double()
-    if symmetric:
-        full_R = target_RC.abs().amax(1) / (2 ** (bits - 1) - 1)
-        full_R = torch.where(full_R == 0, 1.0, full_R)
-        zero_R = torch.full_like(full_R, 2 ** (bits - 1))
-    else:
-        low_R, high_R = target_RC.amin(1).clamp(max=0), target_RC.amax(1).clamp(min=0)
-        full_R = (high_R - low_R) / (2**bits - 1)
-        full_R = torch.where(full_R == 0, 1.0, full_R)
-        zero_R = (-low_R / full_R).round().clamp(0, 2**bits - 1)
-    best_R, scale_R = torch.full_like(full_R, torch.inf), full_R
-    for sign in (1, -1) if symmetric and signed else (1,):
-        for step in range(steps):
-            tried_R = sign * _stored(full_R * (1 - 0.01 * step), storage)
-            codes_RC = _codes(target_RC, tried_R[:, None], zero_R[:, None], bits)
-            decoded_RC = tried_R[:, None] * (codes_RC - zero_R[:, None])
-            error_R = ((target_RC - decoded_RC).abs() ** exponent).sum(1)
-            scale_R = torch.where(error_R < best_R, tried_R, scale_R)
-            best_R = torch.minimum(error_R, best_R)
-    return scale_R, zero_R
-
-
-def _codes(target: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return ((target / scale).round() + zero).clamp(0, 2**bits - 1)
 
 
 def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
     return value.to(storage).double()
-
-
-def _groups(weight_OI: Tensor, group_size: int) -> tuple[Tensor, ...]:
-    """Views of the columns that share a grid: all of them if they do not divide."""
-    inputs = weight_OI.shape[1]
-    divides = group_size != -1 and inputs % group_size == 0
-    return torch.split(weight_OI, group_size if divides else inputs, 1)
-
-
-def rtn(
-    weight_OI: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    storage: torch.dtype = torch.float32,
-    **search: Any,
-) -> Quantized:
-    """Round to the nearest level; ``search`` is for `clip_search`, here and below."""
-    parts = []
-    for group_OC in _groups(weight_OI.double(), group_size):
-        grid = clip_search(group_OC, bits, storage=storage, **search)
-        scale_O1, zero_O1 = (part_O[:, None] for part_O in grid)
-        codes_OC = _codes(group_OC, scale_O1, zero_O1, bits)
-        decoded_OC = _stored(scale_O1 * (codes_OC - zero_O1), storage)
-        parts.append((codes_OC, scale_O1, zero_O1, decoded_OC))
-    return Quantized(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
-
-
-def gptq(
-    weight_OI: Tensor,
-    hessian_II: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    damping: float = 0.01,
-    dynamic: bool = True,
-    storage: torch.dtype = torch.float32,
-    **search: Any,
-) -> Quantized:
-    """GPTQ of Frantar et al. (2210.17323): column by column, no blocks, no order.
-
-    Each column is rounded and its error spread over all later ones. The grid of a
-    group is searched on the weights as compensated so far (``dynamic``) or on the
-    given ones. An input that never was anything but 0 gets weights of 0.
-    """
-    given_OI, hessian_II = weight_OI.double(), hessian_II.double().clone()
-    weight_OI = given_OI.clone()
-    groups = _groups(weight_OI, group_size)
-    targets = groups if dynamic and len(groups) > 1 else _groups(given_OI, group_size)
-
-    dead_I = hessian_II.diagonal() == 0
-    hessian_II.diagonal()[dead_I] = 1
-    weight_OI[:, dead_I] = 0
-    hessian_II.diagonal().add_(damping * hessian_II.diagonal().mean())
-    upper_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True)
-
-    codes, decoded, grids = [], [], []
-    for i in range(len(hessian_II)):
-        group, column = divmod(i, groups[0].shape[1])
-        if column == 0:
-            grids.append(clip_search(targets[group], bits, storage=storage, **search))
-        scale_O, zero_O = grids[group]
-        codes.append(_codes(weight_OI[:, i], scale_O, zero_O, bits))
-        decoded.append(_stored(scale_O * (codes[-1] - zero_O), storage))
-        error_O = (weight_OI[:, i] - decoded[-1]) / upper_II[i, i]
-        weight_OI[:, i + 1 :] -= torch.outer(error_O, upper_II[i, i + 1 :])
-    parts = [codes, *zip(*grids, strict=True), decoded]
-    return Quantized(*(torch.stack(tuple(part), 1) for part in parts))
 
 
 def attention_sums(q_HTK: Tensor, k_GTK: Tensor, scaling: float) -> Tensor:
@@ -231,6 +123,7 @@ def quantize_model(
     importance_min: float = 0.005,
     importance_max: float = 1.0,
     damping: float = 0.01,
+    propagate: float = 0.0,
     dynamic: bool = True,
     storage: torch.dtype = torch.float32,
     **search: Any,
@@ -239,8 +132,9 @@ def quantize_model(
 
     ``quarot`` and ``rsq`` rotate first and round what stays unquantized to
     ``storage``. A block sees the outputs of the quantized blocks before it, and a
-    stage those of the quantized stages before it. Importance knows no sliding
-    window, so windows must not be longer than it.
+    stage those of the quantized stages before it. With ``propagate``, a copy of the
+    source goes beside it and targets make up for that share of the error. Importance
+    knows no sliding window, so windows must not be longer than it.
     """
     in_float64(model)
     if method in ("quarot", "rsq"):
@@ -251,24 +145,50 @@ def quantize_model(
     search["storage"] = storage
     whole = partial(model.model, windows_BT[:1], use_cache=False)
     calls = [kwargs for _, kwargs in _inputs(model.model.layers, whole)]
-    hidden_BTD = model.model.embed_tokens(windows_BT)
+    hidden_BTD = full_BTD = model.model.embed_tokens(windows_BT)
     for block, call in zip(model.model.layers, calls, strict=True):
         weights_BT = torch.ones_like(hidden_BTD[:, :, 0])
         if method == "rsq":
             sums_BT = received_attention(block, hidden_BTD, call)
             weights_BT = token_weights(sums_BT, importance_min, importance_max)
+        source = deepcopy(block)
         run = partial(_outputs, block, hidden_BTD, call)
-        for linears in stages(block):
+        full_run = partial(_outputs, source, full_BTD, call)
+        pairs = zip(stages(block), stages(source), strict=True)
+        for number, (linears, full_linears) in enumerate(pairs):
             quantize: Callable[..., Quantized] = partial(rtn, **search)
+            x_BTI = _input(linears[0], run)
             if method != "rtn":
-                x_BTI = torch.cat([args[0] for args, _ in _inputs(linears[:1], run)])
                 hessian_II = torch.einsum("bt,bti,btj->ij", weights_BT, x_BTI, x_BTI)
                 more = {"damping": damping, "dynamic": dynamic, **search}
                 quantize = partial(gptq, hessian_II=hessian_II, **more)
+            residuals = None
+            if number == 1:
+                residuals = hidden_BTD, full_BTD
+            elif number == 3:
+                residuals = (
+                    _input(block.post_attention_layernorm, run),
+                    _input(source.post_attention_layernorm, full_run),
+                )
             for linear in linears:
-                found = quantize(linear.weight, bits=bits, group_size=group_size)
+                target_OI = linear.weight
+                if propagate:
+                    target_OI = propagated(
+                        linear.weight,
+                        weights_BT,
+                        (x_BTI, _input(full_linears[0], full_run)),
+                        residuals,
+                        share=propagate,
+                        damping=damping,
+                    )
+                found = quantize(target_OI, bits=bits, group_size=group_size)
                 linear.weight.copy_(found.decoded_OI)
-        hidden_BTD = run()
+        hidden_BTD, full_BTD = run(), full_run()
+
+
+def _input(module: Any, run: Callable[[], object]) -> Tensor:
+    """What a module reads during ``run()``, all sequences."""
+    return torch.cat([args[0] for args, _ in _inputs([module], run)])
 
 
 def _outputs(block: Model, hidden_BTD: Tensor, call: Any) -> Tensor:

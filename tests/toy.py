@@ -23,12 +23,8 @@ from rsq_stream.events import Event, Listener, ignore
 from rsq_stream.model.architecture import FAMILIES, LINEARS, block_prefix
 from rsq_stream.packed_format import decode_linear, schemes_of
 from rsq_stream.pipeline import RunSummary, quantize
-from rsq_stream.planner import (
-    Settings,
-    inspect_checkpoint,
-    make_plan,
-    plan_execution,
-)
+from rsq_stream.planner import inspect_checkpoint, plan_execution
+from rsq_stream.settings import Settings, make_plan
 from rsq_stream.storage.files import FolderFiles
 from rsq_stream.storage.shards import Checkpoint
 

@@ -67,7 +67,7 @@ def solve(
     ``group_size`` divides I, or is -1 for one scale a row. With
     ``dynamic_scales`` a group's scale is searched on the targets, when the sweep
     reaches it; otherwise on the weights. ``sweeps`` passes of coordinate descent and
-    a ``refit`` of the scales follow (``polish.py``). Where the solver's loss exceeds that of
+    a ``refit`` of the scales follow (``polish.py``). Where the loss exceeds that of
     rounding with the same scales, the rounded codes are kept.
     """
     solve_tile = partial(

@@ -1,0 +1,165 @@
+"""From the options of a job to the plan that decides the output's bytes.
+
+Every default is filled in here; what depends on the machine's memory is the planner's.
+"""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from rsq_stream.algorithm.rotation import rotation_name
+from rsq_stream.calibration import DATA_SETS, Windows
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.errors import UsageError
+from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
+from rsq_stream.ops.walsh import package_version
+from rsq_stream.storage.shards import Checkpoint
+
+UNIT_TOKENS = 2048
+"""A unit holds as many whole sequences as fit into this many tokens, at least one."""
+SHARD_BYTES = 4_000_000_000
+DEFAULT_LONGEST = 4096
+"""Default sequence length, where the model was made for as much."""
+PROPAGATE = 0.0
+"""Default of ``--propagate`` for rsq."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of ``quantize`` and ``plan`` that decide bytes; None is a default."""
+
+    method: str = "rsq"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    signed_scales: bool = True
+    group_scales: str = "dynamic"
+    clip_exponent: float = 2.0
+    clip_steps: int = 80
+    damping: float = 0.01
+    rotation: str | None = None
+    """``portable`` or ``none``; by default what the method does."""
+    importance: str | None = None
+    importance_min: float | None = None
+    importance_max: float = 1.0
+    importance_tokens: int | None = None
+    calibration: str = "wikitext2"
+    samples: int = 256
+    sequence_length: int | None = None
+    expand: int = 1
+    propagate: float | None = None
+    sweeps: int = 0
+    refit: bool = False
+    seed: int = 0
+    cache_type: str | None = None
+
+
+def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
+    """Give the sequence length: as asked, else 4096 or the model's limit."""
+    if wanted is None:
+        return min(DEFAULT_LONGEST, architecture.longest)
+    if wanted > architecture.longest:
+        raise UsageError(
+            f"--sequence-length must be at most {architecture.longest}, the positions"
+            f" this model was made for, not {wanted}"
+        )
+    return wanted
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    settings: Settings,
+    windows: Windows | None,
+    device: torch.device,
+) -> QuantizationPlan:
+    """Fill in every default and give the plan that decides the output's bytes.
+
+    Raises
+    ------
+    UsageError
+        A setting is out of bounds.
+    """
+    rotated = settings.method in ("rsq", "quarot")
+    if settings.rotation not in (None, "portable", "none"):
+        raise UsageError(
+            f"--rotation must be portable or none, not {settings.rotation}"
+        )
+    if settings.rotation is not None:
+        rotated = settings.rotation == "portable"
+    length = sequence_length_for(architecture, settings.sequence_length)
+    importance = settings.importance or (
+        "attncon" if settings.method == "rsq" else "uniform"
+    )
+    tokens = 0
+    if importance == "first-n":
+        tokens = settings.importance_tokens or max(1, length // 4)
+    minimum = settings.importance_min
+    if minimum is None:
+        # RSQ's best r_min times the sequence length is about 20 wherever the
+        # authors' job files show it (0.02 at 1024, 0.01 at 2048, 0.005 at 4096).
+        minimum = min(1.0, 20 / length) * settings.importance_max
+    linear_type = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight").dtype
+    source_type = str(linear_type).removeprefix("torch.")
+    calibrated = settings.method != "rtn"
+    propagate = settings.propagate
+    if propagate is None:
+        propagate = PROPAGATE if settings.method == "rsq" else 0.0
+    # Of a file the tokens are hashed; its path decides nothing.
+    calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
+    cuda = device.type == "cuda"
+    return QuantizationPlan(
+        source_sha256=checkpoint.headers_sha256,
+        method=settings.method,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        symmetric=settings.symmetric,
+        signed_scales=settings.signed_scales and settings.symmetric,
+        group_scales=settings.group_scales,
+        clip_exponent=settings.clip_exponent,
+        clip_steps=settings.clip_steps,
+        sweeps=settings.sweeps,
+        refit=settings.refit,
+        damping=settings.damping,
+        residual_rotation=rotation_name(architecture.width) if rotated else "none",
+        value_rotation=rotation_name(architecture.head_width) if rotated else "none",
+        importance=importance,
+        importance_min=minimum,
+        importance_max=settings.importance_max,
+        importance_tokens=tokens,
+        calibration=calibration if calibrated else "none",
+        windows_sha256=windows.sha256 if windows and calibrated else "",
+        samples=settings.samples,
+        sequence_length=length,
+        expand=settings.expand,
+        seed=settings.seed,
+        propagate=propagate,
+        cache_type=settings.cache_type or source_type,
+        compute_type=source_type if cuda else "float32",
+        unit_sequences=max(1, UNIT_TOKENS // length),
+        hessian_panel=2048 if cuda else 128,
+        tile_columns=128,
+        tile_rows=1 << 20 if cuda else 128,
+        shard_bytes=SHARD_BYTES,
+        device_kind=device_kind(device),
+    )
+
+
+def device_kind(device: torch.device) -> str:
+    """Name the processor and the library versions that the bits depend on."""
+    torch_version = importlib.metadata.version("torch")
+    if device.type == "cuda":
+        made = torch.cuda.get_device_properties(device)
+        return (
+            f"cuda {made.major}.{made.minor}, {made.multi_processor_count}"
+            f" multiprocessors, torch {torch_version}, {package_version()}"
+        )
+    blas = "mkl" if torch.backends.mkl.is_available() else "openblas"
+    numba_version = importlib.metadata.version("numba")
+    level = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"cpu {platform.machine()} {level}, torch {torch_version} {blas},"
+        f" numba {numba_version}"
+    )
