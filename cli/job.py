@@ -104,6 +104,14 @@ class Job:
             "0.5 for rsq, else 0",
         ),
     ] = None
+    act_order: Annotated[
+        bool,
+        _flag(
+            _CODES,
+            "--act-order/--no-act-order",
+            "Quantize heavy inputs first; groups stay whole, columns in place.",
+        ),
+    ] = False
     sweeps: Annotated[
         int,
         _value(

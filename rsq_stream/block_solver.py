@@ -15,6 +15,7 @@ from rsq_stream.algorithm import importance
 from rsq_stream.algorithm.factor import factorise
 from rsq_stream.algorithm.grid import Grid, decode
 from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.algorithm.order import group_aware_order, put_back, reorder
 from rsq_stream.algorithm.propagation import Drift, stream_error
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.config import QuantizationPlan
@@ -91,28 +92,39 @@ class BlockSolver:
         stage, pool = STAGES[number], self.passes.pool
         hessian, drift = self._accumulate(number)
         self.passes.check()
+        group_size = scheme_for(self.plan, hessian.matrix_II.shape[1]).group_size
+        order_I = None
+        if self.plan.act_order:
+            order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
+            reorder(hessian, order_I)
+            if drift is not None:
+                drift.reorder(order_I)
         try:
             factor = factorise(hessian, self.plan.damping, self.plan.tile_columns, pool)
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
             raise NumericalError(f"{where}: {error}") from error
         for linear in stage.linears:
-            weight_OI = self.weights.pop(linear)
+            weight_OI = target_OI = self.weights.pop(linear)
+            if order_I is not None:
+                target_OI = weight_OI[:, order_I]
             if drift is not None:
-                weight_OI = drift.corrected(
+                target_OI = target_OI + drift.correction(
                     weight_OI, factor, self.plan.propagate, self.plan.tile_rows, pool
                 )
             solution = solve(
-                weight_OI,
+                target_OI,
                 factor,
                 self.grids[linear],
-                scheme_for(self.plan, weight_OI.shape[1]).group_size,
+                group_size,
                 dynamic_scales=self.plan.group_scales == "dynamic",
                 tile_rows=self.plan.tile_rows,
                 pool=pool,
                 sweeps=self.plan.sweeps,
                 refit=self.plan.refit,
             )
+            if order_I is not None:
+                solution = put_back(solution, order_I)
             self.streams[0].block.replace_weight(
                 linear, decoded(solution, self.grids[linear])
             )

@@ -53,6 +53,8 @@ class QuantizationPlan:
     """Exponent of the error that the clip search minimises."""
     clip_steps: int
     """Candidate scales per orientation, 1 % apart from the full range down."""
+    act_order: bool
+    """Columns are quantized by descending diagonal of H, groups staying whole."""
     sweeps: int
     """Passes of coordinate descent over the codes after the solver's own."""
     refit: bool

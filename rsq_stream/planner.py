@@ -142,6 +142,8 @@ def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     block = 4 * sum(prod(shape) for shape in architecture.block_shapes().values())
     inputs = max(architecture.linear_shape(name)[1] for name in LINEARS)
     hessian = 4 * inputs * inputs if plan.needs_calibration else 0
+    if plan.act_order:
+        hessian *= 3  # the whole of it, and its columns in another order
     if plan.propagate > 0:
         width = architecture.width
         hessian += 4 * width * max(inputs, width)  # the drift of down, or of q, k, v

@@ -50,6 +50,7 @@ class Settings:
     sequence_length: int | None = None
     expand: int = 1
     propagate: float | None = None
+    act_order: bool = False
     sweeps: int = 0
     refit: bool = False
     seed: int = 0
@@ -120,6 +121,7 @@ def make_plan(
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,
+        act_order=settings.act_order,
         sweeps=settings.sweeps,
         refit=settings.refit,
         damping=settings.damping,

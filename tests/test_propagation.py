@@ -54,7 +54,8 @@ def ours(
         hessian.add([(u_TI, weight_T)], pool)
         drift.add([(error, u_TI)], pool)
     factor = factorise(hessian, damping, 32, pool)
-    return drift.corrected(given["weight_OI"], factor, share, 32, pool)
+    weight_OI = given["weight_OI"]
+    return weight_OI + drift.correction(weight_OI, factor, share, 32, pool)
 
 
 @pytest.mark.parametrize("shared", [True, False])

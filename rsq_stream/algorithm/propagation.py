@@ -13,7 +13,7 @@ propagation (QEP, arXiv 2504.09629).
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
@@ -51,7 +51,11 @@ class Drift:
 
         pool.map(add_panel, range(0, inputs, self.panel))
 
-    def corrected(
+    def reorder(self, order_I: Int[Tensor, "I"]) -> None:
+        """Follow the Hessian's columns into another order."""
+        self.matrix_RI = self.matrix_RI[:, order_I]
+
+    def correction(
         self,
         weight_OI: Float[Tensor, "O I"],
         factor: Factor,
@@ -59,10 +63,10 @@ class Drift:
         tile_rows: int,
         pool: Pool,
     ) -> Float[Tensor, "O I"]:
-        """Compute W' = W + share G (H + lambda I)^-1 with the solver's factor.
+        """Compute W' - W = share G (H + lambda I)^-1 with the solver's factor.
 
         H + lambda I = U D U^T, so it is two triangular solves a row: rows are
-        independent.
+        independent. W is in the model's order, W' in the Hessian's.
         """
         upper_II = factor.matrix_II
 
@@ -80,8 +84,8 @@ class Drift:
                 left=False,
                 unitriangular=True,
             )
-            corrected_RI: Tensor = weight_RI + share * whole_RI
-            return corrected_RI
+            step_RI: Tensor = share * whole_RI
+            return step_RI
 
         own_OI = weight_OI if self.shared else self.matrix_RI
         parts = zip(weight_OI.split(tile_rows), own_OI.split(tile_rows), strict=True)
