@@ -1,91 +1,141 @@
-"""Perplexity of each method on a model: mean and deviation over seeds, as a table.
+"""Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--model DIR --calibration FILE --text FILE]
+    python benchmarks/methods.py [--table methods|solver] [--settings 3:-1 2:64]
+                                 [--model DIR --calibration FILE --text FILE]
 
 Without options it takes the bundled demo model. A seed decides the calibration
-windows and the signs of the rotation. Every row is one run of the public command,
-so a figure in the README can be had again by running this.
+windows and the signs of the rotation. Every figure is what the public commands
+``quantize`` and ``eval`` give with the options named; they run in this program, several
+at a time, each on one thread, as neither decides a byte.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
 
-SETTINGS = ((3, -1), (2, 64))
-METHODS = ("rtn", "gptq", "quarot", "rsq")
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "methods": {name: {"method": name} for name in ("rtn", "gptq", "quarot", "rsq")},
+    "solver": {
+        "rsq, one stream": {"propagate": 0.0, "sweeps": 0, "refit": False},
+        "+ refit": {"propagate": 0.0, "sweeps": 0, "refit": True},
+        "+ 2 sweeps": {"propagate": 0.0, "sweeps": 2, "refit": False},
+        "+ refit, 2 sweeps": {"propagate": 0.0, "sweeps": 2, "refit": True},
+        "+ act-order": {"propagate": 0.0, "sweeps": 0, "act_order": True},
+        "+ propagate 0.5": {"propagate": 0.5, "sweeps": 0, "refit": False},
+        "+ propagate 1": {"propagate": 1.0, "sweeps": 0, "refit": False},
+        "+ propagate 0.5, refit, 2 sweeps": {
+            "propagate": 0.5,
+            "sweeps": 2,
+            "refit": True,
+        },
+    },
+}
+"""Rows of a table: options of ``quantize`` by label."""
 
 
-def run(*arguments: object) -> dict:
-    """Run rsq-stream and give what it prints as JSON."""
-    program = Path(sys.executable).with_name("rsq-stream")
-    command = [str(program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout)
+def perplexity(folder: Path, options: argparse.Namespace) -> float:
+    """Measure a folder on the held-out text, as ``eval`` does."""
+    from rsq_stream.cli.prepare import open_checkpoint, tokenizer_of
+
+    from rsq_stream.calibration import read_text
+    from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+
+    checkpoint = open_checkpoint(str(folder))
+    window_BT = evaluation_windows(
+        read_text(str(options.text), 0),
+        tokenizer_of(checkpoint),
+        options.sequence_length,
+        bos=options.bos,
+        max_windows=options.max_windows,
+        where=str(options.text),
+    )
+    return evaluate(checkpoint, window_BT).perplexity
 
 
-def perplexity(model: Path, options: argparse.Namespace) -> float:
-    """Measure a folder on the held-out text."""
-    length = options.sequence_length
-    arguments = ("--text", options.text, "--sequence-length", length, "--json")
-    if options.bos:
-        arguments += ("--bos",)
-    return run("eval", model, *arguments)["perplexity"]
+def measured(task: tuple[argparse.Namespace, dict[str, Any]]) -> tuple[float, float]:
+    """Quantize and measure once; gives perplexity and seconds."""
+    from rsq_stream.cli.job import Job
+    from rsq_stream.cli.prepare import prepare
+
+    from rsq_stream.pipeline import quantize
+
+    options, row = task
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(
+            calibration=str(options.calibration),
+            samples=options.samples,
+            sequence_length=options.sequence_length,
+            output=Path(folder) / "model",
+            device="cpu",
+            threads=1,
+            **row,
+        )
+        made = prepare(str(options.model), job, read_calibration=True)
+        began = time.monotonic()
+        parts = (made.checkpoint, made.plan, made.execution, made.options, made.windows)
+        summary = quantize(*parts)
+        seconds = time.monotonic() - began
+        return perplexity(summary.output, options), seconds
 
 
 def main() -> None:
     """Quantize and measure everything, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--table", choices=TABLES, default="methods")
+    parser.add_argument("--settings", nargs="+", default=["3:-1", "2:64"])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
     parser.add_argument("--text", type=Path, default=HELD_OUT)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--max-windows", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bos", action="store_true")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    print(
+    tasks, labels = [], []
+    for setting in options.settings:
+        bits, group_size = map(int, setting.split(":"))
+        for label, chosen in TABLES[options.table].items():
+            seeds = 1 if chosen.get("method") == "rtn" else options.seeds
+            labels.append((bits, group_size, label, seeds))
+            row = {"bits": bits, "group_size": group_size} | chosen
+            tasks += [(options, row | {"seed": seed}) for seed in range(seeds)]
+    sys.stdout.write(
         f"torch {torch.__version__}, {platform.machine()},"
-        f" {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores;"
-        f" {options.samples} x {options.sequence_length} calibration tokens,"
-        f" {options.seeds} seeds"
+        f" {torch.backends.cpu.get_cpu_capability()}, {options.processes} processes of"
+        f" one thread; {options.samples} x {options.sequence_length} calibration"
+        f" tokens, {options.seeds} seeds\n"
+        f"full precision: {perplexity(options.model, options):.3f}\n\n"
+        "| bits | group | method | perplexity | deviation | seconds |\n"
+        "|---|---|---|---|---|---|\n"
     )
-    print(f"full precision: {perplexity(options.model, options):.3f}\n")
-    print("| bits | group | method | perplexity | deviation | seconds |")
-    print("|---|---|---|---|---|---|")
-    for bits, group in SETTINGS:
-        for method in METHODS:
-            measured, seconds = [], []
-            seeds = range(1 if method == "rtn" else options.seeds)
-            for seed in seeds:
-                with tempfile.TemporaryDirectory() as folder:
-                    output = Path(folder) / "model"
-                    made = run(
-                        *("quantize", options.model, "--bits", bits),
-                        *("--group-size", group, "--method", method, "--seed", seed),
-                        *("--calibration", options.calibration, "--output", output),
-                        *("--samples", options.samples, "--json"),
-                        *("--sequence-length", options.sequence_length),
-                    )
-                    seconds.append(made["seconds"])
-                    measured.append(perplexity(output, options))
-            spread = statistics.stdev(measured) if len(measured) > 1 else 0.0
-            print(
-                f"| {bits} | {group} | {method} | {statistics.mean(measured):.3f}"
-                f" | {spread:.3f} | {statistics.median(seconds):.1f} |",
-                flush=True,
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes) as pool:
+        found = pool.imap(measured, tasks)
+        for bits, group_size, label, seeds in labels:
+            results = [next(found) for _ in range(seeds)]
+            values = [result[0] for result in results]
+            spread = statistics.stdev(values) if seeds > 1 else 0.0
+            seconds = statistics.median(result[1] for result in results)
+            group = "row" if group_size == -1 else group_size
+            sys.stdout.write(
+                f"| {bits} | {group} | {label} | {statistics.mean(values):.3f}"
+                f" | {spread:.3f} | {seconds:.1f} |\n"
             )
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

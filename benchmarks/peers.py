@@ -34,6 +34,7 @@ REQUIREMENTS = {
 ENVIRONMENT = {
     "BUILD_CUDA_EXT": "0",  # of GPTQModel's installation
     "CUDA_VISIBLE_DEVICES": "",
+    "GPTQMODEL_CPU_WORKERS": "2",  # it asks for two, but makes one of two cores
     "HF_HUB_OFFLINE": "1",
     "PYTHONSAFEPATH": "1",  # this folder's run.py must not hide another's module
     "TOKENIZERS_PARALLELISM": "false",
@@ -135,7 +136,11 @@ def gptqmodel(model: Path, windows: Any, options: Any, stages: Stages) -> Any:
 
     stages.end("import")
     config = QuantizeConfig(
-        bits=options.bits, group_size=options.group_size, **options.settings
+        bits=options.bits,
+        group_size=options.group_size,
+        format="gptq_v2",  # zero points as they are, not less one
+        offload_to_disk=False,
+        **options.settings,
     )
     loaded = GPTQModel.load(str(model), config, dtype=torch.float32, device="cpu")
     stages.end("load")
@@ -143,9 +148,9 @@ def gptqmodel(model: Path, windows: Any, options: Any, stages: Stages) -> Any:
     stages.end("quantize")
     for name, packed in list(loaded.model.named_modules()):
         if hasattr(packed, "dequantize_weight"):
-            weight_IO = packed.eval().dequantize_weight().detach()
-            linear = torch.nn.Linear(*weight_IO.shape, bias=False)
-            linear.weight.data = weight_IO.T.float()
+            weight_OI = packed.eval().dequantize_weight().T.float().clone()
+            linear = torch.nn.Linear(*weight_OI.shape[::-1], bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(weight_OI, requires_grad=False)
             loaded.model.set_submodule(name, linear)
     return loaded.model
 

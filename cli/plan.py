@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rsq_stream.config import QuantizationPlan
+
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
@@ -63,6 +65,7 @@ def rows(made: Prepared) -> dict[str, str]:
         "rotation": rotation,
     }
     if plan.needs_calibration:
+        found["solver"] = _solver(plan)
         copies = f", {plan.expand} rolled copies each" if plan.expand > 1 else ""
         found["calibration"] = (
             f"{plan.calibration}: {plan.samples} windows of {plan.sequence_length}"
@@ -88,6 +91,22 @@ def rows(made: Prepared) -> dict[str, str]:
         "plan": plan.sha256[:16],
     }
     return found
+
+
+def _solver(plan: QuantizationPlan) -> str:
+    """Say how the codes are found."""
+    parts = ["GPTQ"]
+    if plan.act_order:
+        parts.append("heavy inputs first")
+    if plan.group_size != -1:
+        parts.append(f"{plan.group_scales} group scales")
+    if plan.refit:
+        parts.append("scales refitted")
+    if plan.sweeps:
+        parts.append(f"{plan.sweeps} sweeps of descent")
+    if plan.propagate:
+        parts.append(f"{plan.propagate:g} of earlier layers' error made up for")
+    return ", ".join(parts)
 
 
 def warn_about_disk(made: Prepared) -> None:

@@ -228,6 +228,9 @@ class ExecutionPlan:
     """Everything written to disk over the run, output included."""
     source_bytes: int
     output_bytes: int
+    """The output's shards, exactly."""
+    small_bytes: int
+    """About what the output's other files and the journal take."""
     bits_per_weight: float
     """Bits of the whole output per weight of the model."""
     fallbacks: tuple[str, ...]

@@ -59,6 +59,11 @@ def model_card(
             f" ({plan.calibration}), {plan.expand} rolled copies each; token"
             f" importance: {plan.importance}"
         )
+        if plan.propagate:
+            lines.append(
+                f"- Error propagation: targets make up for {plan.propagate:g} of the"
+                " error of earlier layers"
+            )
     errors = [made.relative_error for made in records]
     if errors:
         lines.append(

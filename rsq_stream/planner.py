@@ -29,8 +29,11 @@ from rsq_stream.model.architecture import (
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
 from rsq_stream.slots import slot_shape
 from rsq_stream.storage.activations import SlotShape
+from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.shards import Checkpoint
 
+_JOURNAL_BYTES = 256 << 10
+"""An SQLite file with its rollback journal, before it grows with the model."""
 _OVERHEAD_BYTES = 160 << 20
 """Libraries loaded after planning, threads and the allocator: 90 to 100 MiB seen."""
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,10 +123,12 @@ def plan_execution(
         slots=slots,
         slot_bytes=shape.slot_bytes,
         working_bytes=working,
-        scratch_bytes=slots * shape.slot_bytes,
+        # Whole chunks: the last unit's is as large as the others.
+        scratch_bytes=slots * shape.units * shape.unit_bytes,
         written_bytes=output_bytes + durable,
         source_bytes=sum(entry.size_bytes for entry in checkpoint.tensors.values()),
         output_bytes=output_bytes,
+        small_bytes=_small_bytes(checkpoint, architecture),
         bits_per_weight=bits_per_weight(architecture, layouts),
         fallbacks=tuple(
             name
@@ -132,6 +137,15 @@ def plan_execution(
             != plan.group_size
         ),
     )
+
+
+def _small_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
+    """Estimate tokenizer, index, manifest and journal: some 2 kB a linear in all."""
+    files = checkpoint.files
+    carried = sum(
+        files.path(name).stat().st_size for name in SIDE_FILES if files.exists(name)
+    )
+    return carried + 2_000 * architecture.blocks * len(LINEARS) + _JOURNAL_BYTES
 
 
 def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:

@@ -45,7 +45,7 @@ def _disks(
 ) -> Iterator[tuple[Path, int, int]]:
     """Give a folder on each disk, the bytes still needed there, the bytes free."""
     needs = (
-        (options.output, execution.output_bytes),
+        (options.output, execution.output_bytes + execution.small_bytes),
         (options.work_dir, execution.scratch_bytes),
     )
     by_disk: dict[int, tuple[Path, int]] = {}

@@ -106,6 +106,8 @@ def make_plan(
     source_type = str(linear_type).removeprefix("torch.")
     calibrated = settings.method != "rtn"
     propagate = settings.propagate
+    if not calibrated:
+        propagate = 0.0
     if propagate is None:
         propagate = PROPAGATE if settings.method == "rsq" else 0.0
     # Of a file the tokens are hashed; its path decides nothing.

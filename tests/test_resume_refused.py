@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rsq_stream.calibration import Windows
 from rsq_stream.errors import (
     Interrupted,
     OutputError,
@@ -19,7 +20,7 @@ from rsq_stream.events import BlockFinished, Event, StageStarted
 from rsq_stream.storage import atomic
 from rsq_stream.storage.run_folder import RunFolder
 from tests.test_resume import RUN, SMALL
-from tests.toy import Recorder, contents, run_toy, toy_checkpoint
+from tests.toy import Recorder, contents, run_toy, toy_checkpoint, toy_windows
 
 Files = dict[str, bytes]
 
@@ -65,6 +66,20 @@ def test_another_plan_is_refused_and_restart_takes_it(
     run_toy(toy, tmp_path / "fresh" / "out", **other)
     assert contents(output) == contents(tmp_path / "fresh" / "out")
     assert not (tmp_path / "out.work").exists()
+
+
+def test_one_other_calibration_token_is_refused(toy: Path, tmp_path: Path) -> None:
+    windows = toy_windows(64, 5, 16, 0)
+    interrupted(toy, tmp_path / "out", windows=windows)
+    other_BT = windows.window_BT.clone()
+    other_BT[3, 7] = (other_BT[3, 7] + 1) % 64
+    message = (
+        r"plan: windows_sha256 \(the calibration tokens\) was '\w+' and is now '\w+';"
+        r" --restart starts over, the old values go on$"
+    )
+    with pytest.raises(PlanMismatchError, match=message):
+        run_toy(toy, tmp_path / "out", **RUN, windows=Windows(other_BT, 1))
+    run_toy(toy, tmp_path / "out", **RUN, windows=windows)
 
 
 @pytest.mark.parametrize("options", [{}, {"restart": True}])
