@@ -85,6 +85,15 @@ class Job:
             "Search a group's scale when the sweep reaches it, or before.",
         ),
     ] = "dynamic"
+    clip_exponent: Annotated[
+        float,
+        _value(
+            _CODES,
+            "--clip-exponent",
+            "E",
+            "A scale is searched for the least sum of |error|^E.",
+        ),
+    ] = 2.0
     damping: Annotated[
         float,
         _value(
