@@ -9,12 +9,13 @@ anew.
 
 import hashlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from rsq_stream.errors import CheckpointError, PlanMismatchError
+from rsq_stream.errors import CheckpointError, Interrupted, PlanMismatchError
 from rsq_stream.storage.files import SIDE_FILES, Stamp
 from rsq_stream.storage.journal import Journal, SourceRecord
 from rsq_stream.storage.shards import Checkpoint
@@ -25,8 +26,12 @@ _READ_BYTES = 1 << 24
 class SourceIdentity:
     """The hashes of a run's source files and tensors, as far as they are known."""
 
-    def __init__(self, checkpoint: Checkpoint, journal: Journal) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, journal: Journal, check: Callable[[], None]
+    ) -> None:
         """Compare the files with what an earlier part of the run saw of them.
+
+        ``check`` is called between the pieces of a file; what it raises ends that.
 
         Raises
         ------
@@ -35,11 +40,12 @@ class SourceIdentity:
         """
         self._checkpoint = checkpoint
         self._journal = journal
+        self._check = check
         self._files = journal.source_files()
         self._tensors = journal.source_tensors()
         self._fresh: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._closed = threading.Event()
         self._worker = ThreadPoolExecutor(1, "rsq-hash")
         self._hashing: Future[dict[str, str]] | None = None
         found = {name: checkpoint.files.stamp(name) for name in self._names()}
@@ -92,13 +98,16 @@ class SourceIdentity:
         self._hashing = self._worker.submit(self._hash_all, missing)
 
     def _hash_all(self, names: list[str]) -> dict[str, str]:
-        return {name: self._sha256(name) for name in names if not self._stop.is_set()}
+        return {name: self._sha256(name) for name in names}
 
     def _sha256(self, name: str) -> str:
         digest = hashlib.sha256()
         with self._checkpoint.files.path(name).open("rb", buffering=0) as file:
-            while not self._stop.is_set() and (part := file.read(_READ_BYTES)):
+            while part := file.read(_READ_BYTES):
                 digest.update(part)
+                self._check()
+                if self._closed.is_set():
+                    raise Interrupted("stopped")
         return digest.hexdigest()
 
     def check(self, name: str, tensor: Tensor) -> None:
@@ -160,7 +169,7 @@ class SourceIdentity:
 
     def close(self) -> None:
         """Stop hashing."""
-        self._stop.set()
+        self._closed.set()
         self._worker.shutdown(cancel_futures=True)
 
 

@@ -149,7 +149,7 @@ class _Run:
         self._work_dir = options.work_dir
         self._passes = passes
         self._windows = windows
-        self._identity = SourceIdentity(checkpoint, journal)
+        self._identity = SourceIdentity(checkpoint, journal, passes.check)
         self._output = OutputFolder(
             options.output, checkpoint, self.architecture, plan, journal
         )

@@ -31,7 +31,8 @@ from tests.cli_runs import Run
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 JOB_FLAGS = """
     --act-order --allow-device-change --asymmetric --batch --bits --calibration
-    --clip-exponent --damping --device --expand --no-act-order --no-refit --refit --sweeps
+    --clip-exponent --damping --device --expand --no-act-order --no-refit --refit
+    --sweeps
     --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --keep-work --method --output --propagate --ram --restart
     --revision
