@@ -34,6 +34,7 @@ RUN: dict[str, Any] = {
     "expand": 2,
     "sequence_length": 16,
     "clip_steps": 4,
+    "propagate": 0.5,
     "plan": {"shard_bytes": 9_000},
     "execution": {"in_flight": 2, "resident_units": 1},
 }

@@ -16,6 +16,7 @@ from tests.toy import Recorder, contents, run_toy, toy_checkpoint
 RUN: dict[str, Any] = {
     "sequence_length": 16,
     "clip_steps": 4,
+    "propagate": 0.5,
     "plan": {"shard_bytes": 1 << 20},
     "execution": {"in_flight": 3, "resident_units": 1},
 }
@@ -92,6 +93,9 @@ def _cut(path: Path) -> None:
         (1, "attention in", "odd/c.1.0.0", "the input of block 0"),
         (1, "mlp in", "odd/c.0.0.0", "the input of block 0"),
         (2, "attention out", "even/zarr.json", "the input of block 1"),
+        (0, "mlp in", "full-even/c.1.0.0", "the calibration windows"),
+        (2, "attention in", "full-even/c.1.0.0", "the input of block 1"),
+        (1, "mlp out", "full-h/c.1.0.0", "the block's input"),
         (2, "mlp in", "h/c.1.0.0", ""),  # about to be written over
         (1, "outputs", "even/c.2.0.0", ""),
         (1, "outputs", "even/zarr.json", ""),
