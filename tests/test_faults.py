@@ -34,7 +34,7 @@ from tests.faults import (
 from tests.toy import Recorder, contents, quick_folder, run_toy, toy_checkpoint
 
 ALL = bool(os.environ.get("RSQ_ALL_FAULTS"))
-EXAMPLES = 3000 if ALL else 150
+EXAMPLES = 1000 if ALL else 150
 
 
 @pytest.fixture(scope="module")
