@@ -128,7 +128,7 @@ def auto_round(job: Job, window_BT: Any, lap: Lap) -> Any:
     lap("load")
     size = {"bits": job["bits"], "group_size": job["group_size"]}
     text = {"nsamples": len(window_BT), "seqlen": window_BT.shape[1]}
-    how = {"iters": 200, "device_map": "cpu", **job["settings"]}
+    how = {"iters": 200, "device_map": "cpu", "amp": False, **job["settings"]}
     batches = list(window_BT.split(8))
     tuner = AutoRound(model, tokenizer, dataset=batches, **size, **text, **how)
     model, _ = tuner.quantize()
@@ -180,8 +180,8 @@ def loop_perplexity(model: Any, window_BT: Any) -> float:
 # The driver: runs in the environment of rsq-stream.
 
 
-def run(*command: object) -> tuple[str, float]:
-    """Run a command and give what it prints and its seconds."""
+def run(*command: object, folder: Path | None = None) -> tuple[str, float]:
+    """Run a command, in a folder, and give what it prints and its seconds."""
     began = time.perf_counter()
     done = subprocess.run(
         [str(part) for part in command],
@@ -189,6 +189,7 @@ def run(*command: object) -> tuple[str, float]:
         text=True,
         errors="replace",
         env=os.environ | ENVIRONMENT,
+        cwd=folder,  # some peers leave logs where they run
         check=False,
     )
     if done.returncode:
@@ -199,7 +200,7 @@ def run(*command: object) -> tuple[str, float]:
 
 def environment(peer: str, folder: Path) -> Path:
     """Give a peer's python; its environment is made unless it stands."""
-    place = folder / peer
+    place = folder.resolve() / peer
     python, stamp = place / "bin" / "python", place / "installed.txt"
     wanted = f"{TORCH} {PEERS[peer][0]}"
     if not stamp.is_file() or stamp.read_text() != wanted:
@@ -218,8 +219,9 @@ def measure_peer(
     """Quantize and measure in a process of the peer's environment."""
     python = environment(peer, options.environments)
     job = {"peer": peer, "settings": settings, "bits": bits, "folder": str(scratch)}
-    job |= {"model": str(options.model), "group_size": options.group_size}
-    _, seconds = run(python, Path(__file__).resolve(), "--worker", json.dumps(job))
+    job |= {"model": str(options.model.resolve()), "group_size": options.group_size}
+    command = (python, Path(__file__).resolve(), "--worker", json.dumps(job))
+    _, seconds = run(*command, folder=scratch)
     found = json.loads((scratch / "result.json").read_text())
     return found | {"process": seconds - found["evaluate"]}
 
