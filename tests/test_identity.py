@@ -82,7 +82,7 @@ def test_what_is_read_again_is_checked_whatever_the_stamp_says(
     files = FolderFiles(toy)
     stamps = {name: files.stamp(name) for name in (*SHARDS, "generation_config.json")}
     monkeypatch.setattr(FolderFiles, "stamp", lambda _, name: stamps[name])
-    stopped(toy, tmp_path / "out", 1, "mlp in", **RUN)
+    stopped(toy, tmp_path / "out", 1, "mlp in", **RUN, propagate=0.0)
     name = "model.layers.1.mlp.down_proj.weight"
     shard = changed(toy, name)
     message = rf"^{shard}: the sha256 of {name} was \w+ and is now \w+; --restart"
