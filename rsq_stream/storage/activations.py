@@ -241,5 +241,6 @@ class Slot:
             rows = slice(first, first + self.shape.unit_shape(unit)[0])
             raw = np.ascontiguousarray(self._open()[rows])
         if self.checksums.get(unit) != zlib.crc32(raw.data):
+            self._array = None  # its metadata may be what is wrong: made anew
             raise damaged(self._chunk_path(unit))
         return torch.from_numpy(raw).view(self.shape.dtype)
