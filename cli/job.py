@@ -40,6 +40,21 @@ class Job:
             "Inputs that share a scale; -1 is one scale a row.",
         ),
     ] = 128
+    override: Annotated[
+        list[str] | None,
+        _value(
+            _CODES,
+            "--override",
+            "PATTERN=BITS[gGROUP]",
+            'Other bits for some linears, such as "down_proj=4g64" or "v_proj@0-3=16"'
+            " (blocks 0 to 3 kept); may be repeated, the last that fits wins.",
+            "none",
+        ),
+    ] = None
+    head_bits: Annotated[
+        int,
+        _value(_CODES, "--head-bits", "8|16", "Bits of the head; 16 is as the source."),
+    ] = 16
     method: Annotated[
         str,
         _value(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def rows(made: Prepared) -> dict[str, str]:
     found = {
         "method": plan.method,
         "codes": f"{plan.bits} bits, {grid}",
+        **_own_schemes(plan),
         "group size": group,
         "rotation": rotation,
     }
@@ -91,6 +93,21 @@ def rows(made: Prepared) -> dict[str, str]:
         "plan": plan.sha256[:16],
     }
     return found
+
+
+def _own_schemes(plan: QuantizationPlan) -> dict[str, str]:
+    """Say which linears have bits of their own: how many of each role."""
+    found: dict[str, Counter[str]] = {}
+    for line in plan.overrides:
+        name, _, own = line.partition("=")
+        bits, _, group = own.partition("g")
+        kind = f"{bits} bits" + (f", group {group}" if group else "")
+        found.setdefault(kind, Counter())[name.rpartition(".")[2]] += 1
+    text = "; ".join(
+        f"{kind}: " + ", ".join(f"{count} {role}" for role, count in roles.items())
+        for kind, roles in sorted(found.items())
+    )
+    return {"their own": text} if text else {}
 
 
 def _solver(plan: QuantizationPlan) -> str:

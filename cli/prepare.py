@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import UsageError
+from rsq_stream.execution import ExecutionPlan, RunOptions
 
 from .job import Job
 from .text import parse_size
@@ -99,6 +100,7 @@ def settings_of(job: Job) -> "Settings":
     }
     if job.signed_scales is None:
         given["signed_scales"] = job.symmetric
+    given["overrides"] = tuple(job.override or ())
     if job.calibration not in DATA_SETS:
         given["calibration"] = "file"  # its windows are hashed; its path is not
     return Settings(**given)

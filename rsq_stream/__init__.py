@@ -5,8 +5,8 @@ before torch could be loaded. The pipeline is ``rsq_stream.pipeline.quantize``.
 """
 
 from rsq_stream.config import QuantizationPlan as QuantizationPlan
-from rsq_stream.config import RunOptions as RunOptions
 from rsq_stream.errors import RsqError as RsqError
+from rsq_stream.execution import RunOptions as RunOptions
 
 __version__ = "0.1.0"
 

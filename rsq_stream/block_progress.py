@@ -19,7 +19,7 @@ from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import STAGES, block_prefix
 from rsq_stream.model.block import Block
 from rsq_stream.output_folder import OutputFolder
-from rsq_stream.packed_format import decode_linear, scheme_for
+from rsq_stream.packed_format import decode_linear
 from rsq_stream.source import Source
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot
@@ -88,9 +88,10 @@ class BlockProgress:
         for stage in STAGES[:done]:
             for linear in stage.linears:
                 name = block_prefix(index) + linear
-                scheme = scheme_for(self.plan, block.weight(linear).shape[1])
-                decoded_OI = decode_linear(self.output.read, name, scheme)
-                block.replace_weight(linear, decoded_OI)
+                scheme = self.plan.scheme(name, block.weight(linear).shape[1])
+                if scheme is not None:
+                    decoded_OI = decode_linear(self.output.read, name, scheme)
+                    block.replace_weight(linear, decoded_OI)
 
     def take_up(self, index: int, block: Block, done: int) -> TokenWeights:
         """Take up what the first ``done`` stages left in the work folder.

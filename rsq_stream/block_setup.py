@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.solver import Solution
 from rsq_stream.block_progress import BlockProgress
 from rsq_stream.block_solver import BlockSolver, Keep, make_grid
 from rsq_stream.calibration import Windows
-from rsq_stream.config import ExecutionPlan, QuantizationPlan
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.execution import ExecutionPlan
 from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
 from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.output_folder import OutputFolder
-from rsq_stream.packed_format import encode_linear, scheme_for
+from rsq_stream.packed_format import encode_linear
 from rsq_stream.passes import Passes
+from rsq_stream.schemes import Scheme
 from rsq_stream.slots import RunSlots
 from rsq_stream.source import Source
 from rsq_stream.storage.journal import Journal
@@ -78,10 +81,7 @@ class BlockSetup:
         DamagedError
             What the finished stages left behind is not what they wrote.
         """
-        grids = {
-            name: make_grid(self.plan, dtype)
-            for name, dtype in self.source.linear_types(index).items()
-        }
+        schemes, grids = schemes_and_grids(index, self.plan, self.source, tensors)
         weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
         compute = getattr(torch, self.plan.compute_type)
         cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
@@ -96,11 +96,15 @@ class BlockSetup:
         ]
         block, progress = streams[0].block, self.progress
         done = self.journal.stages(index) if stages is None else stages
+        for linear, dtype in self.source.linear_types(index).items():
+            if linear not in schemes:  # kept: the quantized model has it as stored
+                block.replace_weight(linear, weights[linear].to(dtype).float())
         progress.replace_solved(index, block, done)
         solver = BlockSolver(
             index,
             streams,
             weights,
+            schemes,
             grids,
             self.plan,
             self.passes,
@@ -142,8 +146,23 @@ def keeper(
     types = source.linear_types(index)
 
     def keep(linear: str, solution: Solution) -> None:
-        scheme = scheme_for(plan, solution.code_OI.shape[1])
         name = block_prefix(index) + linear
+        scheme = plan.scheme(name, solution.code_OI.shape[1])
+        assert scheme is not None
         output.write(encode_linear(name, solution, scheme, types[linear]))
 
     return keep
+
+
+def schemes_and_grids(
+    index: int, plan: QuantizationPlan, source: Source, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Scheme], dict[str, Grid]]:
+    """Give scheme and grid of each linear of a block that is quantized, in order."""
+    schemes, grids = {}, {}
+    for linear, dtype in source.linear_types(index).items():
+        inputs = tensors[f"{linear}.weight"].shape[1]
+        scheme = plan.scheme(block_prefix(index) + linear, inputs)
+        if scheme is not None:
+            schemes[linear] = scheme
+            grids[linear] = make_grid(plan, scheme.bits, dtype)
+    return schemes, grids

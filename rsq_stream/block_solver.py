@@ -22,8 +22,8 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import STAGES, block_prefix
-from rsq_stream.packed_format import scheme_for
 from rsq_stream.passes import Passes, flat, require_finite
+from rsq_stream.schemes import Scheme
 from rsq_stream.streams import WRITES_H, StageInput, Stream
 
 Keep = Callable[[str, Solution], None]
@@ -32,10 +32,10 @@ TokenWeights = dict[int, Tensor]
 """Importance of a block's tokens, end to end, by unit; exact in bf16."""
 
 
-def make_grid(plan: QuantizationPlan, storage_type: torch.dtype) -> Grid:
-    """Give the grid that a plan names, for weights of that stored type."""
+def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> Grid:
+    """Give the grid of a plan and a scheme's bits, for weights of that stored type."""
     return Grid(
-        bits=plan.bits,
+        bits=bits,
         symmetric=plan.symmetric,
         signed_scales=plan.signed_scales,
         clip_exponent=plan.clip_exponent,
@@ -53,6 +53,8 @@ class BlockSolver:
     """The quantized stream; with error propagation the full-precision one too."""
     weights: dict[str, Tensor]
     """fp32 weights by linear; each is dropped when it is solved."""
+    schemes: dict[str, Scheme]
+    """How each linear is quantized; those that are kept are absent."""
     grids: dict[str, Grid]
     plan: QuantizationPlan
     passes: Passes
@@ -90,11 +92,15 @@ class BlockSolver:
 
     def _solve_stage(self, number: int) -> None:
         stage, pool = STAGES[number], self.passes.pool
+        linears = [linear for linear in stage.linears if linear in self.schemes]
+        if not linears and number not in (0, WRITES_H):
+            return  # these two passes leave something for the others
         hessian, drift = self._accumulate(number)
         self.passes.check()
-        group_size = scheme_for(self.plan, hessian.matrix_II.shape[1]).group_size
         order_I = None
-        if self.plan.act_order:
+        if self.plan.act_order and linears:
+            # One for the stage: the plan allows no group sizes of linears' own.
+            group_size = self.schemes[linears[0]].group_size
             order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
             reorder(hessian, order_I)
             if drift is not None:
@@ -104,7 +110,7 @@ class BlockSolver:
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
             raise NumericalError(f"{where}: {error}") from error
-        for linear in stage.linears:
+        for linear in linears:
             weight_OI = target_OI = self.weights.pop(linear)
             if order_I is not None:
                 target_OI = weight_OI[:, order_I]
@@ -116,7 +122,7 @@ class BlockSolver:
                 target_OI,
                 factor,
                 self.grids[linear],
-                group_size,
+                self.schemes[linear].group_size,
                 dynamic_scales=self.plan.group_scales == "dynamic",
                 tile_rows=self.plan.tile_rows,
                 pool=pool,
@@ -133,7 +139,7 @@ class BlockSolver:
                 record(
                     self.index,
                     linear,
-                    self.plan,
+                    self.schemes[linear],
                     solution,
                     damping=factor.damping,
                     attempts=factor.attempts,
@@ -235,29 +241,29 @@ def decoded(solution: Solution, grid: Grid) -> Tensor:
 def round_block(
     index: int,
     weights: dict[str, Tensor],
+    schemes: dict[str, Scheme],
     grids: dict[str, Grid],
-    plan: QuantizationPlan,
+    tile_rows: int,
     passes: Passes,
     keep: Keep,
 ) -> list[LinearRecord]:
     """Quantize a block by rounding alone: no activations, no Hessian."""
     records = []
-    for linear in [name for stage in STAGES for name in stage.linears]:
+    for linear, scheme in schemes.items():
         passes.check()
         weight_OI = weights.pop(linear)
-        group_size = scheme_for(plan, weight_OI.shape[1]).group_size
         solution = round_to_nearest(
-            weight_OI, grids[linear], group_size, plan.tile_rows, passes.pool
+            weight_OI, grids[linear], scheme.group_size, tile_rows, passes.pool
         )
         keep(linear, solution)
-        records.append(record(index, linear, plan, solution))
+        records.append(record(index, linear, scheme, solution))
     return records
 
 
 def record(
     index: int,
     linear: str,
-    plan: QuantizationPlan,
+    scheme: Scheme,
     solution: Solution,
     *,
     damping: float = 0.0,
@@ -268,8 +274,8 @@ def record(
     return LinearRecord(
         block=index,
         name=block_prefix(index) + linear,
-        bits=plan.bits,
-        group_size=scheme_for(plan, solution.code_OI.shape[1]).group_size,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
         relative_error=solution.relative_error,
         rounding_error=solution.rounding_error,
         kept_rounding=solution.kept_rounding,

@@ -1,24 +1,32 @@
-"""The two kinds of settings: what decides the bytes, and what does not.
+"""What decides the bytes: ``QuantizationPlan``.
 
-``QuantizationPlan`` is everything that the output's bytes depend on; its
-canonical JSON is hashed into the journal and the output. ``RunOptions`` may
-change between a kill and the resume without changing one byte.
+Its canonical JSON is hashed into the journal and the output. What may change between
+a kill and the resume without changing one byte is in ``execution.py``.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from rsq_stream.errors import UsageError
+from rsq_stream.errors import require
+from rsq_stream.schemes import (
+    GROUP_SIZES,
+    HEAD_LINEAR,
+    KEPT,
+    Override,
+    Scheme,
+    parse_override,
+)
 
 MATHS_VERSION = 1
 """Raised whenever the same plan would give other bytes than before."""
 
 METHODS = ("rsq", "quarot", "gptq", "rtn")
 IMPORTANCES = ("attncon", "first-n", "uniform")
-GROUP_SIZES = (32, 64, 128, -1)
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 DEVICE_FIELDS = (
     "device_kind",
@@ -43,6 +51,9 @@ class QuantizationPlan:
     group_size: int
     """Inputs that share a scale: 32, 64, 128, or -1 for the whole row. A linear
     whose inputs it does not divide falls back to -1."""
+    overrides: tuple[str, ...]
+    """Linears with bits and group size of their own, sorted: ``NAME=BITS[gGROUP]``, 16
+    for one that is kept; the head is quantized only where it is among them."""
     symmetric: bool
     """Codes around zero; otherwise a zero point per group."""
     signed_scales: bool
@@ -103,47 +114,50 @@ class QuantizationPlan:
     """Processor and library versions that the bits depend on."""
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, "method", self.method, _one_of(METHODS))
-        _require(2 <= self.bits <= 8, "bits", self.bits, "2 to 8")
+        require(self.method in METHODS, "method", self.method, _one_of(METHODS))
+        require(2 <= self.bits <= 8, "bits", self.bits, "2 to 8")
         sizes = ", ".join(map(str, GROUP_SIZES))
-        _require(self.group_size in GROUP_SIZES, "group-size", self.group_size, sizes)
-        _require(
+        require(self.group_size in GROUP_SIZES, "group-size", self.group_size, sizes)
+        own = _parsed(self.overrides).values()
+        whole = not self.act_order or all(made.group_size is None for made in own)
+        require(whole, "act-order", "on", "off where linears have their own groups")
+        require(
             self.group_scales in ("dynamic", "static"),
             "group-scales",
             self.group_scales,
             "dynamic or static",
         )
-        _require(
+        require(
             self.importance in IMPORTANCES,
             "importance",
             self.importance,
             _one_of(IMPORTANCES),
         )
-        _require(1 <= self.clip_steps <= 99, "clip-steps", self.clip_steps, "1 to 99")
-        _require(
+        require(1 <= self.clip_steps <= 99, "clip-steps", self.clip_steps, "1 to 99")
+        require(
             1 <= self.clip_exponent <= 8,
             "clip-exponent",
             self.clip_exponent,
             "1 to 8",
         )
-        _require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
-        _require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
-        _require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
-        _require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
-        _require(
+        require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
+        require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
+        require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
+        require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
+        require(
             0 <= self.importance_min <= self.importance_max,
             "importance-min",
             self.importance_min,
             f"0 to importance-max ({self.importance_max})",
         )
-        _require(
+        require(
             0 < self.importance_max < float("inf"),
             "importance-max",
             self.importance_max,
             "above 0 and finite",
         )
         for name in ("cache_type", "compute_type"):
-            _require(
+            require(
                 getattr(self, name) in FLOAT_TYPES,
                 name.replace("_", "-"),
                 getattr(self, name),
@@ -151,22 +165,22 @@ class QuantizationPlan:
             )
         for name in ("unit_sequences", "hessian_panel", "tile_columns", "tile_rows"):
             size = getattr(self, name)
-            _require(size >= 1, name.replace("_", "-"), size, "1 or more")
-        _require(self.samples >= 1, "samples", self.samples, "1 or more")
-        _require(
+            require(size >= 1, name.replace("_", "-"), size, "1 or more")
+        require(self.samples >= 1, "samples", self.samples, "1 or more")
+        require(
             self.sequence_length >= 2,
             "sequence-length",
             self.sequence_length,
             "2 or more",
         )
-        _require(
+        require(
             1 <= self.expand <= self.sequence_length,
             "expand",
             self.expand,
             f"1 to the sequence length ({self.sequence_length})",
         )
         if self.importance == "first-n":
-            _require(
+            require(
                 1 <= self.importance_tokens <= self.sequence_length,
                 "importance-tokens",
                 self.importance_tokens,
@@ -197,77 +211,49 @@ class QuantizationPlan:
         """One line of JSON with sorted keys: what is hashed and stored."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "QuantizationPlan":
+        """Take a plan back from the fields of its JSON.
+
+        Raises
+        ------
+        TypeError
+            A field is missing or unknown.
+        UsageError
+            A field is out of bounds.
+        """
+        given = dict(fields)
+        given["overrides"] = tuple(given.get("overrides", ()))
+        return cls(**given)
+
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
-    def group_size_for(self, inputs: int) -> int:
-        """Give the group size of a linear: the plan's, or -1 if that cannot divide."""
-        if self.group_size == -1 or inputs % self.group_size:
-            return -1
-        return self.group_size
+    def override(self, linear: str) -> Override | None:
+        """Give what a linear, by its full name, has of its own; None for nothing."""
+        return _parsed(self.overrides).get(linear)
+
+    def scheme(self, linear: str, inputs: int) -> Scheme | None:
+        """Give how a linear, by its full name, is quantized; None for one that is kept.
+
+        A group size that does not divide the inputs becomes -1, the whole row.
+        """
+        own = self.override(linear)
+        if own is None:
+            own = Override(KEPT if linear == HEAD_LINEAR else self.bits)
+        if own.bits == KEPT:
+            return None
+        size = self.group_size if own.group_size is None else own.group_size
+        if size != -1 and inputs % size:
+            size = -1
+        return Scheme(own.bits, size, self.symmetric)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExecutionPlan:
-    """How a plan runs within the budgets of this machine; decides no byte."""
-
-    in_flight: int
-    """Units between two barriers of a pass."""
-    resident_units: int
-    """Units of each slot that stay in host memory; the others go to disk."""
-    slots: int
-    """Activation slots alive at once."""
-    slot_bytes: int
-    working_bytes: int
-    """Host memory beside the resident units: block, Hessian, units in flight."""
-    scratch_bytes: int
-    """High-water mark of the work folder."""
-    written_bytes: int
-    """Everything written to disk over the run, output included."""
-    source_bytes: int
-    output_bytes: int
-    """The output's shards, exactly."""
-    small_bytes: int
-    """About what the output's other files and the journal take."""
-    bits_per_weight: float
-    """Bits of the whole output per weight of the model."""
-    fallbacks: tuple[str, ...]
-    """Linears whose inputs the group size does not divide."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOptions:
-    """What may change on resume: place and speed."""
-
-    output: Path
-    work_dir: Path
-    device: str = "cpu"
-    ram_bytes: int | None = None
-    """Host memory the whole process may use; None is what the machine has free."""
-    workers: int = 1
-    """Threads that compute units, panels and tiles side by side (CPU only)."""
-    units_in_flight: int = 0
-    """Units between two barriers of a pass; 0 lets the planner choose."""
-    allow_device_change: bool = False
-    """Go on although another kind of device gives other bits; the output says so."""
-    restart: bool = False
-    keep_work: bool = False
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.workers <= 1024, "threads", self.workers, "1 to 1024")
-        _require(
-            0 <= self.units_in_flight <= 4096,
-            "batch",
-            self.units_in_flight,
-            "0 (automatic) to 4096",
-        )
-
-
-def _require(holds: bool, option: str, got: object, wanted: str) -> None:
-    if not holds:
-        raise UsageError(f"--{option} must be {wanted}, not {got}")
+@functools.lru_cache(maxsize=8)
+def _parsed(overrides: tuple[str, ...]) -> dict[str, Override]:
+    return dict(parse_override(line) for line in overrides)
 
 
 def _one_of(names: tuple[str, ...]) -> str:

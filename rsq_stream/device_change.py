@@ -8,7 +8,9 @@ from rsq_stream.storage.journal import Journal
 
 def settled(journal: Journal, plan: QuantizationPlan) -> QuantizationPlan:
     """Give the plan to go on with: the journal's, where a change of device is noted."""
-    kept = QuantizationPlan(**json.loads(journal.get("plan") or plan.canonical_json()))
+    kept = QuantizationPlan.from_fields(
+        json.loads(journal.get("plan") or plan.canonical_json())
+    )
     changes = json.loads(journal.get("device_changes") or "[]")
     last_kind = changes[-1]["device_kind"] if changes else kept.device_kind
     if last_kind != plan.device_kind:

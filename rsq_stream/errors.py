@@ -81,3 +81,15 @@ class NumericalError(RsqError, ArithmeticError):
 
 class Interrupted(RsqError, RuntimeError):  # noqa: N818  the word users know
     """The run was asked to stop and did so at a safe point."""
+
+
+def require(holds: bool, option: str, got: object, wanted: str) -> None:
+    """Refuse a setting that is out of bounds, by the name of its option.
+
+    Raises
+    ------
+    UsageError
+        It does not hold.
+    """
+    if not holds:
+        raise UsageError(f"--{option} must be {wanted}, not {got}")

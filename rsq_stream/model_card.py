@@ -29,20 +29,21 @@ def model_card(
         {
             made.name.split(".", 3)[-1]
             for made in records
-            if made.group_size != plan.group_size
+            if made.group_size == -1 != plan.group_size
         }
     )
+    bits = sorted({made.bits for made in records}) or [plan.bits]
     lines = [
         "---",
         "library_name: transformers",
         "tags: [quantized, compressed-tensors, rsq-stream]",
         "---",
-        f"# {architecture.family.causal_class}, {plan.bits}-bit",
+        f"# {architecture.family.causal_class}, {_span(bits)}-bit",
         "",
         "Quantized by rsq-stream.",
         "",
         f"- Method: {_METHODS[plan.method]}",
-        f"- Codes: {plan.bits} bits, {grid}, {group}",
+        f"- Codes: {_span(bits)} bits, {grid}, {group}",
         f"- Size: {bits_per_weight:.2f} bits per weight over the whole model",
     ]
     if fallbacks:
@@ -83,3 +84,8 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _span(bits: list[int]) -> str:
+    """Write the least and the most of some bits: 3, or 2 to 4."""
+    return f"{bits[0]}" if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"

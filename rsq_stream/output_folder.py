@@ -19,14 +19,11 @@ from torch import Tensor
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import OutputError
 from rsq_stream.events import LinearRecord
+from rsq_stream.format_config import quantization_config
 from rsq_stream.model.architecture import EMBEDDING, HEAD, Architecture
 from rsq_stream.model_card import model_card
 from rsq_stream.output_place import CARD, CONFIG, MANIFEST, SEAL, SMALL_FILES
-from rsq_stream.packed_format import (
-    output_is_tied,
-    output_tensors,
-    quantization_config,
-)
+from rsq_stream.packed_format import output_is_tied, output_tensors
 from rsq_stream.storage import atomic
 from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.journal import Journal

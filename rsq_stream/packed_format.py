@@ -7,10 +7,7 @@ packed along O. transformers and vLLM read it; 2, 3, 5, 6, 7 bits need
 compressed-tensors >= 0.18.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -19,8 +16,7 @@ from torch import Tensor
 from rsq_stream.algorithm.grid import decode
 from rsq_stream.algorithm.packing import pack, packed_words, unpack
 from rsq_stream.algorithm.solver import Solution
-from rsq_stream.config import GROUP_SIZES, QuantizationPlan
-from rsq_stream.errors import UnsupportedModelError
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -29,36 +25,8 @@ from rsq_stream.model.architecture import (
     Architecture,
     block_prefix,
 )
+from rsq_stream.schemes import HEAD_LINEAR, Scheme
 from rsq_stream.storage.writer import OutputTensor
-
-FORMAT = "pack-quantized"
-_IGNORED = ["lm_head"]
-_OURS = {
-    "type": ("int",),
-    "strategy": ("channel", "group"),
-    "dynamic": (False, None),
-    "actorder": (None, "weight", "static"),
-}
-"""What we write, or what means the same; anything else would be read wrongly."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How one linear is quantized."""
-
-    bits: int
-    group_size: int
-    """Inputs per scale, -1 for the whole row."""
-    symmetric: bool
-
-    def groups(self, inputs: int) -> int:
-        """Scales per row."""
-        return 1 if self.group_size == -1 else inputs // self.group_size
-
-
-def scheme_for(plan: QuantizationPlan, inputs: int) -> Scheme:
-    """Give the scheme of a linear with that many inputs."""
-    return Scheme(plan.bits, plan.group_size_for(inputs), plan.symmetric)
 
 
 def linear_tensors(
@@ -129,11 +97,7 @@ def output_tensors(
             linear = name.removesuffix(".weight")
             dtype = dtype_of(prefix + name)
             if linear in LINEARS:
-                outputs, inputs = architecture.linear_shape(linear)
-                scheme = scheme_for(plan, inputs)
-                tensors += linear_tensors(
-                    prefix + linear, (outputs, inputs), scheme, dtype
-                )
+                tensors += _stored(prefix + linear, shape, plan, dtype)
             else:
                 tensors.append(OutputTensor(prefix + name, dtype, shape))
     tensors.append(
@@ -142,8 +106,18 @@ def output_tensors(
     if not output_is_tied(architecture, plan):
         source = EMBEDDING if architecture.tied else HEAD
         shape = _outer(architecture, EMBEDDING)
-        tensors.append(OutputTensor(HEAD, dtype_of(source), shape))
+        tensors += _stored(HEAD_LINEAR, shape, plan, dtype_of(source))
     return tensors
+
+
+def _stored(
+    linear: str, shape: tuple[int, ...], plan: QuantizationPlan, dtype: torch.dtype
+) -> list[OutputTensor]:
+    outputs, inputs = shape
+    scheme = plan.scheme(linear, inputs)
+    if scheme is None:
+        return [OutputTensor(f"{linear}.weight", dtype, shape)]
+    return linear_tensors(linear, (outputs, inputs), scheme, dtype)
 
 
 def _outer(architecture: Architecture, name: str) -> tuple[int, ...]:
@@ -153,93 +127,3 @@ def _outer(architecture: Architecture, name: str) -> tuple[int, ...]:
 def output_is_tied(architecture: Architecture, plan: QuantizationPlan) -> bool:
     """Whether the output's head is still its embedding: not after a rotation."""
     return architecture.tied and plan.residual_rotation == "none"
-
-
-def quantization_config(
-    architecture: Architecture, plan: QuantizationPlan
-) -> dict[str, Any]:
-    """Give the ``quantization_config`` of the output's config.json."""
-    by_scheme: dict[Scheme, list[str]] = {}
-    for linear in LINEARS:
-        scheme = scheme_for(plan, architecture.linear_shape(linear)[1])
-        by_scheme.setdefault(scheme, []).append(linear)
-    groups = {}
-    for number, (scheme, linears) in enumerate(by_scheme.items()):
-        targets = [f"re:.*{re.escape(linear)}$" for linear in linears]
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(by_scheme) == 1 else targets,
-            "weights": _weight_arguments(scheme),
-            "input_activations": None,
-            "output_activations": None,
-            "format": FORMAT,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": _IGNORED,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
-def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
-    channel = scheme.group_size == -1
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if channel else "group",
-        "group_size": None if channel else scheme.group_size,
-        "block_structure": None,
-        "dynamic": False,
-        "actorder": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-
-
-def schemes_of(config: Mapping[str, Any], where: str) -> dict[str, Scheme] | None:
-    """Give each linear's scheme from a config.json; None if it is not quantized.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The checkpoint is quantized in another way than this tool writes.
-    """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    found: dict[str, Scheme] = {}
-    try:
-        ours = quantization["format"] == FORMAT and quantization["ignore"] == _IGNORED
-        for group in quantization["config_groups"].values() if ours else ():
-            weights = group["weights"]
-            if any(weights.get(key) not in wanted for key, wanted in _OURS.items()):
-                break
-            scheme = Scheme(
-                int(weights["num_bits"]),
-                int(weights["group_size"] or -1),
-                bool(weights["symmetric"]),
-            )
-            for linear in LINEARS:
-                if any(_targets(target, linear) for target in group["targets"]):
-                    found[linear] = scheme
-    except (AttributeError, KeyError, TypeError, ValueError):
-        found = {}
-    if set(found) != set(LINEARS) or any(
-        not 2 <= scheme.bits <= 8 or scheme.group_size not in GROUP_SIZES
-        for scheme in found.values()
-    ):
-        raise UnsupportedModelError(
-            f"{where}: its quantization_config is not {FORMAT} of all linears of a"
-            " block, as this tool writes it"
-        )
-    return found
-
-
-def _targets(target: str, linear: str) -> bool:
-    if target == "Linear":
-        return True
-    return target == f"re:.*{re.escape(linear)}$"

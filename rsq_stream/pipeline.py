@@ -15,15 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rsq_stream import room
-from rsq_stream.block_setup import keeper, set_up
-from rsq_stream.block_solver import make_grid, round_block
+from rsq_stream.block_setup import keeper, schemes_and_grids, set_up
+from rsq_stream.block_solver import round_block
 from rsq_stream.calibration import Windows
-from rsq_stream.config import (
-    DEVICE_FIELDS,
-    ExecutionPlan,
-    QuantizationPlan,
-    RunOptions,
-)
+from rsq_stream.config import DEVICE_FIELDS, QuantizationPlan
 from rsq_stream.device_change import settled
 from rsq_stream.errors import DamagedError, Interrupted, ScratchError
 from rsq_stream.events import (
@@ -34,18 +29,16 @@ from rsq_stream.events import (
     ShardFinished,
     ignore,
 )
+from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.identity import SourceIdentity
 from rsq_stream.model.architecture import (
     EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    LINEARS,
     read_architecture,
 )
 from rsq_stream.ops.pool import single_threaded_products
+from rsq_stream.outer import Outer
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.output_place import discard_unfinished, require_apart, require_usable
-from rsq_stream.packed_format import output_is_tied
 from rsq_stream.passes import Passes, stopper
 from rsq_stream.rebuild import Rebuilder
 from rsq_stream.source import Source
@@ -157,6 +150,7 @@ class _Run:
         self._source = Source(
             checkpoint, self.architecture, plan, device, self._identity
         )
+        self._outer = Outer(self._source, plan, passes.pool)
         self._setup = None
         if plan.needs_calibration:
             self._setup = set_up(
@@ -175,6 +169,7 @@ class _Run:
             journal,
             self._output,
             self._source,
+            self._outer,
             self._setup,
             lambda block: self._round(block, self._source.block(block)),
             passes.listener,
@@ -220,15 +215,14 @@ class _Run:
 
     def _write_outer(self) -> None:
         """Write embedding, final norm and head; embed the calibration windows."""
-        if not output_is_tied(self.architecture, self._plan):
-            self._output.write({HEAD: self._source.head()})
-        embedding_VD = self._source.embedding()
-        norm_D = self._source.final_norm()
-        self._output.write({EMBEDDING: embedding_VD, FINAL_NORM: norm_D})
+        self._output.write(self._outer.head())
+        self._output.write(self._outer.norm())
+        embedding = self._outer.embedding()
+        self._output.write(embedding)
         if self._windows is not None and self._setup:
             kept = {"windows": self._windows.window_BT.to(torch.int32)}
             atomic.write_file(self._work_dir / "windows.safetensors", save(kept))
-            self._setup.embed(self._windows, embedding_VD)
+            self._setup.embed(self._windows, embedding[EMBEDDING])
         self._commit(-1, 0.0, [])
 
     def block(self) -> None:
@@ -245,12 +239,13 @@ class _Run:
         self._commit(index, time.monotonic() - began, records)
 
     def _round(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
-        types = self._source.linear_types(index)
-        weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
+        plan, source = self._plan, self._source
+        schemes, grids = schemes_and_grids(index, plan, source, tensors)
+        weights = {name: tensors[f"{name}.weight"] for name in schemes}
         tensors.clear()
-        grids = {name: make_grid(self._plan, dtype) for name, dtype in types.items()}
-        keep = keeper(index, self._plan, self._source, self._output)
-        return round_block(index, weights, grids, self._plan, self._passes, keep)
+        keep = keeper(index, plan, source, self._output)
+        rows, passes = plan.tile_rows, self._passes
+        return round_block(index, weights, schemes, grids, rows, passes, keep)
 
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:
         """Make a block's bytes durable, then journal it, then name full shards."""

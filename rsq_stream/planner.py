@@ -9,16 +9,13 @@ from math import prod
 import psutil
 import torch
 
-from rsq_stream.config import (
-    ExecutionPlan,
-    QuantizationPlan,
-    RunOptions,
-)
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import (
     BudgetError,
     CheckpointError,
     UnsupportedModelError,
 )
+from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.model.architecture import (
     HEAD,
     LINEARS,
@@ -133,8 +130,7 @@ def plan_execution(
         fallbacks=tuple(
             name
             for name in LINEARS
-            if plan.group_size_for(architecture.linear_shape(name)[1])
-            != plan.group_size
+            if architecture.linear_shape(name)[1] % plan.group_size
         ),
     )
 

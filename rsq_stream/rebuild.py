@@ -29,13 +29,11 @@ from rsq_stream.calibration import Windows
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import Listener, Notice
 from rsq_stream.model.architecture import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
     STAGES,
     block_of,
     block_prefix,
 )
+from rsq_stream.outer import Outer
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.source import Source
 from rsq_stream.storage.activations import Slot
@@ -50,6 +48,7 @@ class Rebuilder:
         journal: Journal,
         output: OutputFolder,
         source: Source,
+        outer: Outer,
         setup: BlockSetup | None,
         round_again: Callable[[int], object],
         listener: Listener,
@@ -58,6 +57,7 @@ class Rebuilder:
         self._journal = journal
         self._output = output
         self._source = source
+        self._outer = outer
         self._setup = setup
         self._round_again = round_again
         self._listener = listener
@@ -158,16 +158,9 @@ class Rebuilder:
 
     def _from_source(self, name: str) -> Tensor | None:
         """Give a tensor that is stored as the source has it; None for codes."""
-        outer = {
-            EMBEDDING: self._source.embedding,
-            FINAL_NORM: self._source.final_norm,
-            HEAD: self._source.head,
-        }
-        if name in outer:
-            return outer[name]()
         owner = block_of(name)
         if owner is None:
-            return None
+            return self._outer.tensor(name)
         return self._source.unquantized(owner, self._source.block(owner)).get(name)
 
     def _solve_again(self, block: int, name: str) -> str:

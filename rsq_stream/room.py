@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rsq_stream.config import ExecutionPlan, RunOptions
 from rsq_stream.errors import DiskFullError
+from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.storage import atomic
 
 

@@ -12,9 +12,10 @@ import torch
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.errors import UsageError
+from rsq_stream.errors import UsageError, require
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.ops.walsh import package_version
+from rsq_stream.schemes import HEAD_LINEAR, KEPT, Override, resolve
 from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
@@ -33,6 +34,9 @@ class Settings:
     method: str = "rsq"
     bits: int = 4
     group_size: int = 128
+    overrides: tuple[str, ...] = ()
+    """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
+    head_bits: int = KEPT
     symmetric: bool = True
     signed_scales: bool = True
     group_scales: str = "dynamic"
@@ -118,6 +122,9 @@ def make_plan(
         method=settings.method,
         bits=settings.bits,
         group_size=settings.group_size,
+        overrides=own_schemes(
+            architecture, settings, tied=architecture.tied and not rotated
+        ),
         symmetric=settings.symmetric,
         signed_scales=settings.signed_scales and settings.symmetric,
         group_scales=settings.group_scales,
@@ -148,6 +155,45 @@ def make_plan(
         tile_rows=1 << 20 if cuda else 128,
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
+    )
+
+
+def own_schemes(
+    architecture: Architecture, settings: Settings, *, tied: bool
+) -> tuple[str, ...]:
+    """Give the plan's lines for linears that are not as ``bits`` has it.
+
+    Raises
+    ------
+    UsageError
+        A pattern fits nothing; or the head is named and is the embedding.
+    """
+    names: dict[str, int | None] = {
+        block_prefix(block) + linear: block
+        for block in range(architecture.blocks)
+        for linear in LINEARS
+    }
+    lines = list(settings.overrides)
+    if settings.head_bits != KEPT:
+        require(
+            2 <= settings.head_bits <= 8,
+            "head-bits",
+            settings.head_bits,
+            "2 to 8 or 16",
+        )
+        if tied:
+            raise UsageError(
+                f"--head-bits {settings.head_bits}: the head of this model is its"
+                " embedding, and without a rotation it stays so; leave the option out"
+            )
+        lines.insert(0, f"{HEAD_LINEAR}={settings.head_bits}")
+    if not tied:
+        names[HEAD_LINEAR] = None
+    usual = {HEAD_LINEAR: Override(KEPT)}
+    return tuple(
+        f"{name}={override}"
+        for name, override in sorted(resolve(lines, names).items())
+        if override != usual.get(name, Override(settings.bits))
     )
 
 

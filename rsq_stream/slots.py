@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from rsq_stream.config import ExecutionPlan, QuantizationPlan
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import Listener, Notice
+from rsq_stream.execution import ExecutionPlan
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 

@@ -22,6 +22,7 @@ from rsq_stream.model.architecture import (
     block_prefix,
 )
 from rsq_stream.model.rotate import ModelRotation
+from rsq_stream.packed_format import output_is_tied
 from rsq_stream.storage.journal import SourceRecord
 from rsq_stream.storage.shards import Checkpoint
 
@@ -41,6 +42,7 @@ class Source:
         self._checkpoint = checkpoint
         self._identity = identity
         self._architecture = architecture
+        self._plan = plan
         self._device = device
         self._rotation = _rotation(plan, architecture)
 
@@ -56,6 +58,11 @@ class Source:
         if self._rotation is None:
             return weight_VD
         return self._rotation.head(weight_VD, self._read(FINAL_NORM))
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the output has no head of its own: its embedding is the head."""
+        return output_is_tied(self._architecture, self._plan)
 
     def final_norm(self) -> Tensor:
         """Give the last norm's gain; after a rotation it is in the head."""
@@ -106,13 +113,18 @@ class Source:
     def unquantized(
         self, index: int, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Give a block's norms and biases, by full name, in the source's type."""
+        """Give a block's norms, biases and kept linears, as the output stores them."""
         prefix = block_prefix(index)
         return {
             prefix + name: tensor.to(self._checkpoint.entry(prefix + name).dtype)
             for name, tensor in tensors.items()
             if name.removesuffix(".weight") not in LINEARS
+            or self._keeps(prefix + name, tensor)
         }
+
+    def _keeps(self, name: str, weight_OI: Tensor) -> bool:
+        linear = name.removesuffix(".weight")
+        return self._plan.scheme(linear, weight_OI.shape[1]) is None
 
     def linear_types(self, index: int) -> dict[str, torch.dtype]:
         """Give the stored type of each linear of a block."""

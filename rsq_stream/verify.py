@@ -19,7 +19,7 @@ from rsq_stream.errors import CheckpointError, OutputError, RsqError
 from rsq_stream.identity import require_source
 from rsq_stream.model.architecture import LINEARS, block_prefix, read_architecture
 from rsq_stream.output_place import MANIFEST, SEAL
-from rsq_stream.packed_format import decode_linear, output_tensors, scheme_for
+from rsq_stream.packed_format import decode_linear, output_tensors
 from rsq_stream.source import Source
 from rsq_stream.storage import atomic
 from rsq_stream.storage.files import FolderFiles
@@ -63,7 +63,7 @@ def verify(folder: Path, against: Checkpoint | None = None) -> Verification:
     if found.problems:
         return found  # what is damaged is not worth decoding
     try:
-        plan = QuantizationPlan(**manifest["plan"])
+        plan = QuantizationPlan.from_fields(manifest["plan"])
         checkpoint = Checkpoint(FolderFiles(folder))
     except (RsqError, TypeError) as error:
         found.problems.append(f"{folder}: {error}")
@@ -163,7 +163,9 @@ def _weight_errors(
         for linear in LINEARS:
             weight_OI = tensors[f"{linear}.weight"]
             name = block_prefix(index) + linear
-            scheme = scheme_for(plan, weight_OI.shape[1])
+            scheme = plan.scheme(name, weight_OI.shape[1])
+            if scheme is None:
+                continue
             decoded_OI = decode_linear(checkpoint.read, name, scheme)
             lost = (weight_OI - decoded_OI).square().sum(dtype=torch.float64)
             whole = weight_OI.square().sum(dtype=torch.float64)

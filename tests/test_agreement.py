@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from rsq_stream.algorithm.rotation import make_rotation
 from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read_text
-from rsq_stream.config import RunOptions
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+from rsq_stream.execution import RunOptions
 from rsq_stream.pipeline import quantize
 from rsq_stream.planner import inspect_checkpoint, plan_execution
 from rsq_stream.settings import Settings, make_plan

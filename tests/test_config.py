@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.config import GROUP_SIZES, QuantizationPlan, RunOptions
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import RsqError, UsageError
+from rsq_stream.execution import RunOptions
+from rsq_stream.schemes import GROUP_SIZES, Scheme
 
 PLAN: dict[str, Any] = {
     "source_sha256": "0" * 64,
     "method": "rsq",
     "bits": 3,
     "group_size": 64,
+    "overrides": (),
     "symmetric": True,
     "signed_scales": True,
     "group_scales": "dynamic",
@@ -56,6 +59,7 @@ OTHER: dict[str, Any] = {
     "method": "gptq",
     "bits": 4,
     "group_size": -1,
+    "overrides": ("lm_head=8",),
     "symmetric": False,
     "signed_scales": False,
     "group_scales": "static",
@@ -227,9 +231,9 @@ def test_settings_are_frozen_and_closed(made):
 def test_canonical_json_is_one_sorted_line_and_comes_back():
     text = plan().canonical_json()
     assert "\n" not in text
-    assert json.loads(text) == PLAN
+    assert json.loads(text) == PLAN | {"overrides": []}
     assert list(json.loads(text)) == sorted(FIELDS)
-    assert QuantizationPlan(**json.loads(text)) == plan()
+    assert QuantizationPlan.from_fields(json.loads(text)) == plan()
     # Neither the order of the arguments nor the way in changes it.
     backwards = QuantizationPlan(**dict(reversed(PLAN.items())))
     assert backwards.canonical_json() == text
@@ -270,7 +274,8 @@ def test_group_size_falls_back_to_the_row(group_size):
     made = plan(group_size=group_size)
     for inputs in (1, 32, 63, 96, 128, 137, 172, 4864):
         divides = group_size != -1 and inputs % group_size == 0
-        assert made.group_size_for(inputs) == (group_size if divides else -1)
+        scheme = Scheme(3, group_size if divides else -1, symmetric=True)
+        assert made.scheme("model.layers.0.mlp.down_proj", inputs) == scheme
 
 
 def test_only_rounding_needs_no_calibration():

@@ -14,19 +14,14 @@ from rsq_stream.algorithm.grid import Grid, decode
 from rsq_stream.algorithm.packing import pack, packed_words, unpack
 from rsq_stream.algorithm.solver import Solution, round_to_nearest
 from rsq_stream.errors import UnsupportedModelError
-from rsq_stream.model.architecture import LINEARS, read_architecture
+from rsq_stream.format_config import quantization_config, schemes_of
+from rsq_stream.model.architecture import read_architecture
 from rsq_stream.ops.pool import Pool
-from rsq_stream.packed_format import (
-    Scheme,
-    decode_linear,
-    encode_linear,
-    linear_tensors,
-    quantization_config,
-    scheme_for,
-    schemes_of,
-)
+from rsq_stream.packed_format import decode_linear, encode_linear, linear_tensors
+from rsq_stream.schemes import Scheme
 
 from .test_config import plan
+from .toy import linear_names
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_bits = pytest.mark.parametrize("bits", range(2, 9))
@@ -163,7 +158,8 @@ def test_compressed_tensors_decodes_the_same(group_size, bits, symmetric, storag
     their_scheme = QuantizationScheme(
         targets=["Linear"], weights=QuantizationArgs(**arguments)
     )
-    scheme = scheme_for(made, 96)
+    scheme = made.scheme("x", 96)
+    assert scheme is not None
     found, _ = solution((63, 96), scheme, storage)
     stored = encode_linear("x", found, scheme, storage)
     local = {name.removeprefix("x."): tensor for name, tensor in stored.items()}
@@ -183,18 +179,18 @@ def test_schemes_undo_the_config(mlp, bits, group_size, symmetric):
     architecture = read_architecture(CONFIG | {"intermediate_size": mlp}, "there")
     made = plan(bits=bits, group_size=group_size, symmetric=symmetric)
     config = quantization_config(architecture, made)
-    schemes = schemes_of({"quantization_config": config}, "there")
+    blocks = architecture.blocks
+    schemes = schemes_of({"quantization_config": config}, blocks, "there")
     assert schemes is not None
-    assert list(schemes) == list(LINEARS)
-    for linear, scheme in schemes.items():
-        inputs = architecture.linear_shape(linear)[1]
+    assert schemes.pop("lm_head") is None
+    assert sorted(schemes) == sorted(linear_names(blocks))
+    for name, scheme in schemes.items():
+        inputs = architecture.linear_shape(name.split(".", 3)[-1])[1]
         divides = group_size != -1 and inputs % group_size == 0
         expected = Scheme(bits, group_size if divides else -1, symmetric)
         assert scheme == expected
-        assert scheme.groups(inputs) == (inputs // group_size if divides else 1)
-    for block in ("model.layers.0.", "model.layers.11."):
-        for linear, scheme in schemes.items():
-            assert targets(config, block + linear) == [scheme]
+        assert expected.groups(inputs) == (inputs // group_size if divides else 1)
+        assert targets(config, name) == [scheme]
 
 
 def targets(config: dict[str, Any], name: str) -> list[Scheme]:
@@ -209,7 +205,7 @@ def targets(config: dict[str, Any], name: str) -> list[Scheme]:
 
 
 def test_no_quantization_config_is_no_scheme():
-    assert schemes_of(CONFIG, "there") is None
+    assert schemes_of(CONFIG, 2, "there") is None
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -237,14 +233,14 @@ def test_foreign_configs_are_refused(name):
                 place[key] = value
                 break
     with pytest.raises(UnsupportedModelError) as caught:
-        schemes_of({"quantization_config": config}, "there")
+        schemes_of({"quantization_config": config}, 2, "there")
     assert str(caught.value) == (
-        "there: its quantization_config is not pack-quantized of all linears of a"
-        " block, as this tool writes it"
+        "there: its quantization_config is not pack-quantized of the linears of its"
+        " blocks, as this tool writes it"
     )
 
 
 @pytest.mark.parametrize("config", [{}, {"quant_method": "gptq", "bits": 4}])
 def test_configs_of_other_methods_are_refused(config):
     with pytest.raises(UnsupportedModelError, match="is not pack-quantized"):
-        schemes_of({"quantization_config": config}, "there")
+        schemes_of({"quantization_config": config}, 2, "there")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rsq_stream import block_solver
 from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.calibration import Windows
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import BudgetError, CheckpointError, NumericalError
 from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDone
 from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, STAGES
@@ -233,7 +234,7 @@ def test_the_manifest_seals_the_folder(toy: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256(files["rsq_stream.json"]).hexdigest()
     assert files["rsq_stream.sha256"].decode() == f"{digest}  rsq_stream.json\n"
     plan, _ = plan_toy(toy)
-    assert manifest["plan"] == dataclasses.asdict(plan)
+    assert QuantizationPlan.from_fields(manifest["plan"]) == plan
     assert manifest["plan_sha256"] == plan.sha256
     assert manifest["linears"] == [dataclasses.asdict(r) for r in summary.records]
     del files["rsq_stream.sha256"]

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.solver import round_to_nearest
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
-from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS
+from rsq_stream.format_config import schemes_of
+from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.ops.pool import Pool
-from rsq_stream.packed_format import decode_linear, schemes_of
+from rsq_stream.packed_format import decode_linear
+from rsq_stream.schemes import Scheme
 from tests.toy import (
     calm,
     contents,
@@ -33,6 +35,7 @@ from tests.toy import (
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 G32: dict[str, Any] = {"group_size": 32}
+OWN = ("q_proj=4", "*@0=2", "v_proj@1=16", "down_proj=16", "o_proj@1=3g64")
 CASES: dict[str, Case] = {
     "llama-g32-rotated": ("llama", {}, G32),
     "llama-g32-zeros-tied": (
@@ -67,6 +70,16 @@ CASES: dict[str, Case] = {
         {},
         {"group_size": -1, "symmetric": False, "method": "gptq", "bits": 4},
     ),
+    "llama-linears-of-their-own": (
+        "llama",
+        {"tied": True},
+        G32 | {"overrides": OWN, "head_bits": 8},
+    ),
+    "qwen2-rounded-of-their-own": (
+        "qwen2",
+        {},
+        G32 | {"overrides": OWN, "head_bits": 8, "method": "rtn"},
+    ),
     "qwen3-rounded": ("qwen3", {}, G32 | {"method": "rtn", "bits": 4}),
 }
 
@@ -91,10 +104,11 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
     fills, and so refuses its own format unless it may decode at once. Then
     transformers 5.23 takes the first group's scheme for all linears.
     """
-    scheme = schemes_of(read_json(folder / "config.json"), "here")
-    assert scheme is not None
+    config = read_json(folder / "config.json")
+    schemes = schemes_of(config, config["num_hidden_layers"], "here")
+    assert schemes is not None
     options = {}
-    if not scheme[LINEARS[0]].symmetric:
+    if any(scheme and not scheme.symmetric for scheme in schemes.values()):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with warnings.catch_warnings():
         # It says that the folder has a quantization_config too.
@@ -125,7 +139,14 @@ def test_transformers_loads_what_we_decode(tmp_path: Path, case: str) -> None:
     assert (got - expected).abs().max() < 1e-4 * expected.std()
     # The tensors of the file are those of the model, and nothing is left out.
     left = {name for name in open_toy(output).tensors if name.endswith("_packed")}
-    assert left == {f"{name}.weight_packed" for name in linear_names(2)}
+    kept = {"model.layers.1.self_attn.v_proj"} if "own" in case else set()
+    kept |= (
+        {f"model.layers.{n}.mlp.down_proj" for n in range(2)}
+        if "own" in case
+        else set()
+    )
+    names = {*linear_names(2)} - kept | ({"lm_head"} if "own" in case else set())
+    assert left == {f"{name}.weight_packed" for name in names}
 
 
 def their_weights(output: Path) -> dict[str, Tensor]:
@@ -270,10 +291,10 @@ def test_the_config_says_what_is_where(tmp_path: Path) -> None:
     kept = {k: v for k, v in config.items() if k != "quantization_config"}
     assert kept == read_json(source / "config.json")
     assert config["quantization_config"]["ignore"] == ["lm_head"]
-    schemes = schemes_of(config, "here")
+    schemes = schemes_of(config, config["num_hidden_layers"], "here")
     assert schemes is not None
     # 96 and 172 are no multiples of 64, so every linear falls back to whole rows.
-    assert {schemes[name].group_size for name in LINEARS} == {-1}
+    assert {made.group_size for made in schemes.values() if made} == {-1}
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
     tensors = open_toy(tmp_path / "out").tensors
     assert index["weight_map"] == {name: e.shard for name, e in tensors.items()}
@@ -288,7 +309,5 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
         run_toy(tmp_path / "out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
     checkpoint = open_toy(tmp_path / "out")
-    schemes = schemes_of(checkpoint.config, "here")
-    assert schemes is not None
     with pytest.raises(CheckpointError, match=r"no tensor named absent\.weight_shape"):
-        decode_linear(checkpoint.read, "absent", schemes[LINEARS[0]])
+        decode_linear(checkpoint.read, "absent", Scheme(3, -1, symmetric=True))

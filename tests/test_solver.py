@@ -13,9 +13,9 @@ from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.block_solver import record
 from rsq_stream.ops.pool import Pool, single_threaded_products
+from rsq_stream.schemes import Scheme
 
 from . import textbook_solver
-from .test_config import plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -256,7 +256,7 @@ def test_record_says_what_was_done():
     made = record(
         7,
         "mlp.down_proj",
-        plan(bits=3, group_size=64),
+        Scheme(3, -1, symmetric=True),
         found,
         damping=factor.damping,
         attempts=factor.attempts,
@@ -266,7 +266,7 @@ def test_record_says_what_was_done():
         "block": 7,
         "name": "model.layers.7.mlp.down_proj",
         "bits": 3,
-        "group_size": -1,  # 64 does not divide 172
+        "group_size": -1,
         "relative_error": found.relative_error,
         "rounding_error": found.rounding_error,
         "kept_rounding": False,

@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rsq_stream.calibration import Windows
-from rsq_stream.config import ExecutionPlan, QuantizationPlan, RunOptions
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import Event, Listener, ignore
+from rsq_stream.execution import ExecutionPlan, RunOptions
+from rsq_stream.format_config import schemes_of
 from rsq_stream.model.architecture import FAMILIES, LINEARS, block_prefix
-from rsq_stream.packed_format import decode_linear, schemes_of
+from rsq_stream.packed_format import decode_linear
 from rsq_stream.pipeline import RunSummary, quantize
 from rsq_stream.planner import inspect_checkpoint, plan_execution
 from rsq_stream.settings import Settings, make_plan
@@ -223,13 +225,15 @@ def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
 def decoded_state(output: Path) -> dict[str, Tensor]:
     """Give an output's tensors by the names of the model, linears decoded."""
     checkpoint = open_toy(output)
-    schemes = schemes_of(checkpoint.config, str(output))
+    blocks = checkpoint.config["num_hidden_layers"]
+    schemes = schemes_of(checkpoint.config, blocks, str(output))
     assert schemes is not None
     state = {}
     for name in checkpoint.tensors:
         stem, _, kind = name.rpartition(".")
         if kind == "weight_packed":
-            scheme = schemes[stem.split(".", 3)[-1]]
+            scheme = schemes[stem]
+            assert scheme is not None
             state[f"{stem}.weight"] = decode_linear(checkpoint.read, stem, scheme)
         elif not kind.startswith("weight_"):
             state[name] = checkpoint.read(name)

@@ -4,16 +4,17 @@ import torch
 from torch import Tensor
 
 from rsq_stream.errors import CheckpointError
+from rsq_stream.format_config import schemes_of
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    LINEARS,
     block_prefix,
     read_architecture,
 )
 from rsq_stream.model.block import Block, Rope, layer_config
-from rsq_stream.packed_format import decode_linear, schemes_of
+from rsq_stream.packed_format import decode_linear
+from rsq_stream.schemes import HEAD_LINEAR, Scheme
 from rsq_stream.storage.shards import Checkpoint
 
 
@@ -26,7 +27,9 @@ class ModelReader:
         self.config = layer_config(self.architecture.family, checkpoint.config)
         self.epsilon: float = self.config.rms_norm_eps
         self._checkpoint = checkpoint
-        self._schemes = schemes_of(checkpoint.config, where)
+        self._schemes = (
+            schemes_of(checkpoint.config, self.architecture.blocks, where) or {}
+        )
         self.device = device
         norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
         self.compute_type = norm.dtype if device.type == "cuda" else torch.float32
@@ -34,7 +37,7 @@ class ModelReader:
     @property
     def quantized(self) -> bool:
         """Whether linears are stored as codes."""
-        return self._schemes is not None
+        return bool(self._schemes)
 
     def embedding(self) -> Tensor:
         """Give the embedding, in the type it is stored in."""
@@ -42,7 +45,14 @@ class ModelReader:
 
     def head(self) -> Tensor:
         """Give the head: the embedding where the two are tied."""
-        return self._outer(EMBEDDING if self.architecture.tied else HEAD)
+        if self.architecture.tied:
+            return self._outer(EMBEDDING)
+        scheme = self._schemes.get(HEAD_LINEAR)
+        if scheme is None:
+            return self._outer(HEAD)
+        return self._decoded(
+            HEAD_LINEAR, scheme, self.architecture.outer_shapes()[HEAD]
+        )
 
     def final_norm(self) -> Tensor:
         """Give the gain of the norm before the head."""
@@ -62,19 +72,23 @@ class ModelReader:
         return Block(family, self.config, index, tensors, rope)
 
     def _tensor(self, prefix: str, name: str, shape: tuple[int, ...]) -> Tensor:
-        linear = name.removesuffix(".weight")
-        if self._schemes is not None and linear in LINEARS:
-            scheme = self._schemes[linear]
-            tensor = decode_linear(self._checkpoint.read, prefix + linear, scheme)
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"{self._checkpoint.files.where}: {prefix}{linear} decodes to"
-                    f" {list(tensor.shape)}, but config.json makes it {list(shape)}"
-                )
+        linear = prefix + name.removesuffix(".weight")
+        scheme = self._schemes.get(linear) if name.endswith(".weight") else None
+        if scheme is not None:
+            tensor = self._decoded(linear, scheme, shape)
         else:
             self._checkpoint.entry(prefix + name, shape)
             tensor = self._checkpoint.read(prefix + name)
         return tensor.to(self.device, self.compute_type)
+
+    def _decoded(self, linear: str, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:
+        tensor = decode_linear(self._checkpoint.read, linear, scheme)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{self._checkpoint.files.where}: {linear} decodes to"
+                f" {list(tensor.shape)}, but config.json makes it {list(shape)}"
+            )
+        return tensor
 
     def rope(self, tokens: int) -> Rope:
         """Make the rotary embedding for that many tokens."""

@@ -1,0 +1,62 @@
+"""How a run goes on this machine: place, memory and speed; decides no byte."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsq_stream.errors import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionPlan:
+    """How a plan runs within the budgets of this machine; decides no byte."""
+
+    in_flight: int
+    """Units between two barriers of a pass."""
+    resident_units: int
+    """Units of each slot that stay in host memory; the others go to disk."""
+    slots: int
+    """Activation slots alive at once."""
+    slot_bytes: int
+    working_bytes: int
+    """Host memory beside the resident units: block, Hessian, units in flight."""
+    scratch_bytes: int
+    """High-water mark of the work folder."""
+    written_bytes: int
+    """Everything written to disk over the run, output included."""
+    source_bytes: int
+    output_bytes: int
+    """The output's shards, exactly."""
+    small_bytes: int
+    """About what the output's other files and the journal take."""
+    bits_per_weight: float
+    """Bits of the whole output per weight of the model."""
+    fallbacks: tuple[str, ...]
+    """Linears whose inputs the group size does not divide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """What may change on resume: place and speed."""
+
+    output: Path
+    work_dir: Path
+    device: str = "cpu"
+    ram_bytes: int | None = None
+    """Host memory the whole process may use; None is what the machine has free."""
+    workers: int = 1
+    """Threads that compute units, panels and tiles side by side (CPU only)."""
+    units_in_flight: int = 0
+    """Units between two barriers of a pass; 0 lets the planner choose."""
+    allow_device_change: bool = False
+    """Go on although another kind of device gives other bits; the output says so."""
+    restart: bool = False
+    keep_work: bool = False
+
+    def __post_init__(self) -> None:
+        require(1 <= self.workers <= 1024, "threads", self.workers, "1 to 1024")
+        require(
+            0 <= self.units_in_flight <= 4096,
+            "batch",
+            self.units_in_flight,
+            "0 (automatic) to 4096",
+        )
