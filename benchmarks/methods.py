@@ -1,9 +1,10 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver] [--settings 3:-1 2:64]
+    python benchmarks/methods.py [--table methods|solver|defaults] [--settings 3:-1 2:64]
                                  [--model DIR --calibration FILE --text FILE]
 
-Without options it takes the bundled demo model. A seed decides the calibration
+A setting is bits:group[:samples[:rolled copies]], a group of -1 one scale a row. Without
+options it takes the bundled demo model. A seed decides the calibration
 windows and the signs of the rotation. Every figure is what the public commands
 ``quantize`` and ``eval`` give with the options named; they run in this program, several
 at a time, each on one thread, as neither decides a byte.
@@ -26,22 +27,36 @@ from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {name: {"method": name} for name in ("rtn", "gptq", "quarot", "rsq")},
+    "defaults": {
+        "plain": {"propagate": 0.0, "sweeps": 0, "refit": False},
+        "default": {},
+    },
     "solver": {
         "rsq, one stream": {"propagate": 0.0, "sweeps": 0, "refit": False},
         "+ refit": {"propagate": 0.0, "sweeps": 0, "refit": True},
         "+ 2 sweeps": {"propagate": 0.0, "sweeps": 2, "refit": False},
         "+ refit, 2 sweeps": {"propagate": 0.0, "sweeps": 2, "refit": True},
-        "+ act-order": {"propagate": 0.0, "sweeps": 0, "act_order": True},
-        "+ propagate 0.5": {"propagate": 0.5, "sweeps": 0, "refit": False},
-        "+ propagate 1": {"propagate": 1.0, "sweeps": 0, "refit": False},
-        "+ propagate 0.5, refit, 2 sweeps": {
-            "propagate": 0.5,
-            "sweeps": 2,
-            "refit": True,
+        "+ act-order": {
+            "propagate": 0.0,
+            "sweeps": 0,
+            "refit": False,
+            "act_order": True,
         },
+        "two streams": {"propagate": 0.5, "sweeps": 0, "refit": False},
+        "two streams + refit": {"propagate": 0.5, "sweeps": 0, "refit": True},
+        "two streams + 2 sweeps": {"propagate": 0.5, "sweeps": 2, "refit": False},
+        "two streams + refit, 2 sweeps (default)": {},
+        "default, propagate 0.35": {"propagate": 0.35},
+        "default, propagate 0.7": {"propagate": 0.7},
+        "default, propagate 1": {"propagate": 1.0},
+        "default, 4 sweeps": {"sweeps": 4},
+        "default, act-order": {"act_order": True},
+        "default, clip exponent 2.4": {"clip_exponent": 2.4},
+        "default, uniform tokens": {"importance": "uniform"},
     },
 }
 """Rows of a table: options of ``quantize`` by label."""
+_USUAL = {"bits": 3, "group_size": -1, "samples": 64, "expand": 1}
 
 
 def perplexity(folder: Path, options: argparse.Namespace) -> float:
@@ -75,7 +90,6 @@ def measured(task: tuple[argparse.Namespace, dict[str, Any]]) -> tuple[float, fl
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             calibration=str(options.calibration),
-            samples=options.samples,
             sequence_length=options.sequence_length,
             output=Path(folder) / "model",
             device="cpu",
@@ -99,7 +113,6 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
     parser.add_argument("--text", type=Path, default=HELD_OUT)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bos", action="store_true")
@@ -107,32 +120,35 @@ def main() -> None:
     options = parser.parse_args()
     tasks, labels = [], []
     for setting in options.settings:
-        bits, group_size = map(int, setting.split(":"))
+        given = [int(part) for part in setting.split(":")]
+        wanted = {**_USUAL, **dict(zip(_USUAL, given, strict=False))}
         for label, chosen in TABLES[options.table].items():
             seeds = 1 if chosen.get("method") == "rtn" else options.seeds
-            labels.append((bits, group_size, label, seeds))
-            row = {"bits": bits, "group_size": group_size} | chosen
+            labels.append((wanted, label, seeds))
+            row = wanted | chosen
             tasks += [(options, row | {"seed": seed}) for seed in range(seeds)]
     sys.stdout.write(
         f"torch {torch.__version__}, {platform.machine()},"
         f" {torch.backends.cpu.get_cpu_capability()}, {options.processes} processes of"
-        f" one thread; {options.samples} x {options.sequence_length} calibration"
-        f" tokens, {options.seeds} seeds\n"
+        f" one thread; windows of {options.sequence_length} tokens,"
+        f" {options.seeds} seeds\n"
         f"full precision: {perplexity(options.model, options):.3f}\n\n"
-        "| bits | group | method | perplexity | deviation | seconds |\n"
-        "|---|---|---|---|---|---|\n"
+        "| bits | group | windows | method | perplexity | deviation | seconds |\n"
+        "|---|---|---|---|---|---|---|\n"
     )
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes) as pool:
         found = pool.imap(measured, tasks)
-        for bits, group_size, label, seeds in labels:
+        for wanted, label, seeds in labels:
             results = [next(found) for _ in range(seeds)]
             values = [result[0] for result in results]
             spread = statistics.stdev(values) if seeds > 1 else 0.0
             seconds = statistics.median(result[1] for result in results)
+            bits, group_size, samples, copies = wanted.values()
             group = "row" if group_size == -1 else group_size
+            windows = f"{samples} x {copies}" if copies > 1 else samples
             sys.stdout.write(
-                f"| {bits} | {group} | {label} | {statistics.mean(values):.3f}"
+                f"| {bits} | {group} | {windows} | {label} | {statistics.mean(values):.3f}"
                 f" | {spread:.3f} | {seconds:.1f} |\n"
             )
             sys.stdout.flush()

@@ -7,166 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import typer
-
+from .job_codes import Codes, flag, value
 from .options import PLACE, Device, Threads
 
-_CODES = "What decides the codes"
 _TEXT = "Calibration"
 
 
-def _value(panel: str, name: str, metavar: str, text: str, default: Any = True) -> Any:
-    """Declare an option; ``default`` says in words what None stands for."""
-    return typer.Option(
-        name, metavar=metavar, help=text, show_default=default, rich_help_panel=panel
-    )
-
-
-def _flag(panel: str, name: str, text: str, default: Any = True) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel=panel)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Codes):
     """The options of ``quantize`` and ``plan``; None is a default found later."""
 
-    bits: Annotated[int, _value(_CODES, "--bits", "2..8", "Bits per code.")] = 4
-    group_size: Annotated[
-        int,
-        _value(
-            _CODES,
-            "--group-size",
-            "32|64|128|-1",
-            "Inputs that share a scale; -1 is one scale a row.",
-        ),
-    ] = 128
-    override: Annotated[
-        list[str] | None,
-        _value(
-            _CODES,
-            "--override",
-            "PATTERN=BITS[gGROUP]",
-            'Other bits for some linears, such as "down_proj=4g64" or "v_proj@0-3=16"'
-            " (blocks 0 to 3 kept); may be repeated, the last that fits wins.",
-            "none",
-        ),
-    ] = None
-    head_bits: Annotated[
-        int,
-        _value(_CODES, "--head-bits", "8|16", "Bits of the head; 16 is as the source."),
-    ] = 16
-    method: Annotated[
-        str,
-        _value(
-            _CODES,
-            "--method",
-            "rsq|quarot|gptq|rtn",
-            "rsq: rotate, weigh tokens, GPTQ; quarot: rotate, GPTQ; rtn: round.",
-        ),
-    ] = "rsq"
-    rotation: Annotated[
-        str | None,
-        _value(
-            _CODES,
-            "--rotation",
-            "portable|none",
-            "portable: folded into the weights, nothing left to do at inference.",
-            "by method",
-        ),
-    ] = None
-    symmetric: Annotated[
-        bool,
-        _flag(
-            _CODES,
-            "--symmetric/--asymmetric",
-            "Codes around zero, or a zero point per group.",
-        ),
-    ] = True
-    signed_scales: Annotated[
-        bool | None,
-        _flag(
-            _CODES,
-            "--signed-scales/--unsigned-scales",
-            "Let the symmetric grid be mirrored, at no cost in the format.",
-            "signed if symmetric",
-        ),
-    ] = None
-    group_scales: Annotated[
-        str,
-        _value(
-            _CODES,
-            "--group-scales",
-            "dynamic|static",
-            "Search a group's scale when the sweep reaches it, or before.",
-        ),
-    ] = "dynamic"
-    clip_exponent: Annotated[
-        float,
-        _value(
-            _CODES,
-            "--clip-exponent",
-            "E",
-            "A scale is searched for the least sum of |error|^E.",
-        ),
-    ] = 2.0
-    damping: Annotated[
-        float,
-        _value(
-            _CODES,
-            "--damping",
-            "SHARE",
-            "Added to the Hessian's diagonal, as a share of its mean.",
-        ),
-    ] = 0.01
-    propagate: Annotated[
-        float | None,
-        _value(
-            _CODES,
-            "--propagate",
-            "A",
-            "Share of earlier layers' error to make up for; 0 carries one stream.",
-            "0.5 for rsq, else 0",
-        ),
-    ] = None
-    act_order: Annotated[
-        bool,
-        _flag(
-            _CODES,
-            "--act-order/--no-act-order",
-            "Quantize heavy inputs first; groups stay whole, columns in place.",
-        ),
-    ] = False
-    sweeps: Annotated[
-        int,
-        _value(
-            _CODES,
-            "--sweeps",
-            "N",
-            "Passes of coordinate descent over the codes; each costs like the solver.",
-        ),
-    ] = 0
-    refit: Annotated[
-        bool,
-        _flag(
-            _CODES, "--refit/--no-refit", "Fit the scales to the codes once they stand."
-        ),
-    ] = False
-    seed: Annotated[
-        int, _value(_CODES, "--seed", "N", "Of the rotation and of the windows.")
-    ] = 0
-    revision: Annotated[
-        str | None,
-        _value(
-            _CODES,
-            "--revision",
-            "REV",
-            "Branch, tag or commit on the hub.",
-            "its default branch",
-        ),
-    ] = None
     importance: Annotated[
         str | None,
-        _value(
+        value(
             _TEXT,
             "--importance",
             "attncon|first-n|uniform",
@@ -176,7 +29,7 @@ class Job:
     ] = None
     importance_min: Annotated[
         float | None,
-        _value(
+        value(
             _TEXT,
             "--importance-min",
             "R",
@@ -186,11 +39,11 @@ class Job:
     ] = None
     importance_max: Annotated[
         float,
-        _value(_TEXT, "--importance-max", "R", "Weight of the most important token."),
+        value(_TEXT, "--importance-max", "R", "Weight of the most important token."),
     ] = 1.0
     importance_tokens: Annotated[
         int | None,
-        _value(
+        value(
             _TEXT,
             "--importance-tokens",
             "N",
@@ -200,19 +53,19 @@ class Job:
     ] = None
     calibration: Annotated[
         str,
-        _value(
+        value(
             _TEXT,
             "--calibration",
             "wikitext2|c4|FILE",
             "A data set, or a .txt, .jsonl or .parquet file.",
         ),
     ] = "wikitext2"
-    samples: Annotated[int, _value(_TEXT, "--samples", "N", "Calibration windows.")] = (
+    samples: Annotated[int, value(_TEXT, "--samples", "N", "Calibration windows.")] = (
         256
     )
     sequence_length: Annotated[
         int | None,
-        _value(
+        value(
             _TEXT,
             "--sequence-length",
             "TOKENS",
@@ -221,11 +74,11 @@ class Job:
         ),
     ] = None
     expand: Annotated[
-        int, _value(_TEXT, "--expand", "M", "Rolled copies per window, 1 for none.")
+        int, value(_TEXT, "--expand", "M", "Rolled copies per window, 1 for none.")
     ] = 1
     output: Annotated[
         Path | None,
-        _value(
+        value(
             PLACE,
             "--output",
             "DIR",
@@ -235,7 +88,7 @@ class Job:
     ] = None
     work_dir: Annotated[
         Path | None,
-        _value(
+        value(
             PLACE,
             "--work-dir",
             "DIR",
@@ -246,7 +99,7 @@ class Job:
     device: Device = None
     ram: Annotated[
         str | None,
-        _value(
+        value(
             PLACE,
             "--ram",
             "SIZE",
@@ -256,11 +109,11 @@ class Job:
     ] = None
     threads: Threads = None
     batch: Annotated[
-        int, _value(PLACE, "--batch", "N", "Units in flight.", "two a thread")
+        int, value(PLACE, "--batch", "N", "Units in flight.", "two a thread")
     ] = 0
     allow_device_change: Annotated[
         bool,
-        _flag(
+        flag(
             PLACE,
             "--allow-device-change",
             "Go on with a run of another kind of device; other bytes, and recorded.",
@@ -269,10 +122,10 @@ class Job:
     ] = False
     restart: Annotated[
         bool,
-        _flag(PLACE, "--restart", "Drop an unfinished run in the work folder.", False),
+        flag(PLACE, "--restart", "Drop an unfinished run in the work folder.", False),
     ] = False
     keep_work: Annotated[
-        bool, _flag(PLACE, "--keep-work", "Leave the work folder at the end.", False)
+        bool, flag(PLACE, "--keep-work", "Leave the work folder at the end.", False)
     ] = False
 
 

@@ -6,6 +6,7 @@ Every default is filled in here; what depends on the machine's memory is the pla
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,11 +21,13 @@ from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
 """A unit holds as many whole sequences as fit into this many tokens, at least one."""
+Setting = TypeVar("Setting")
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096
 """Default sequence length, where the model was made for as much."""
-PROPAGATE = 0.0
-"""Default of ``--propagate`` for rsq."""
+PROPAGATE, SWEEPS, REFIT = 0.5, 2, True
+"""Defaults of rsq, which other methods do without; how they were found is in
+benchmarks/RESULTS.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,8 @@ class Settings:
     expand: int = 1
     propagate: float | None = None
     act_order: bool = False
-    sweeps: int = 0
-    refit: bool = False
+    sweeps: int | None = None
+    refit: bool | None = None
     seed: int = 0
     cache_type: str | None = None
 
@@ -109,11 +112,16 @@ def make_plan(
     linear_type = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight").dtype
     source_type = str(linear_type).removeprefix("torch.")
     calibrated = settings.method != "rtn"
-    propagate = settings.propagate
-    if not calibrated:
-        propagate = 0.0
-    if propagate is None:
-        propagate = PROPAGATE if settings.method == "rsq" else 0.0
+    ours = settings.method == "rsq"
+
+    def chosen(given: Setting | None, usual: Setting, without: Setting) -> Setting:
+        """Give a setting of the solver: as asked, by default what the method does."""
+        if not calibrated:
+            return without
+        if given is not None:
+            return given
+        return usual if ours else without
+
     # Of a file the tokens are hashed; its path decides nothing.
     calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
@@ -131,8 +139,8 @@ def make_plan(
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,
         act_order=settings.act_order,
-        sweeps=settings.sweeps,
-        refit=settings.refit,
+        sweeps=chosen(settings.sweeps, SWEEPS, 0),
+        refit=chosen(settings.refit, REFIT, False),
         damping=settings.damping,
         residual_rotation=rotation_name(architecture.width) if rotated else "none",
         value_rotation=rotation_name(architecture.head_width) if rotated else "none",
@@ -146,7 +154,7 @@ def make_plan(
         sequence_length=length,
         expand=settings.expand,
         seed=settings.seed,
-        propagate=propagate,
+        propagate=chosen(settings.propagate, PROPAGATE, 0.0),
         cache_type=settings.cache_type or source_type,
         compute_type=source_type if cuda else "float32",
         unit_sequences=max(1, UNIT_TOKENS // length),

@@ -45,6 +45,10 @@ SMALL_SETTINGS: dict[str, Any] = {
     "samples": 5,
     "sequence_length": 24,
     "calibration": "toy",
+    # One stream, one pass: what goes beyond has tests of its own.
+    "propagate": 0.0,
+    "sweeps": 0,
+    "refit": False,
 }
 
 

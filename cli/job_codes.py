@@ -1,0 +1,164 @@
+"""The options of ``quantize`` and ``plan`` that say how weights become codes."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+CODES = "What decides the codes"
+
+
+def value(panel: str, name: str, metavar: str, text: str, default: Any = True) -> Any:
+    """Declare an option; ``default`` says in words what None stands for."""
+    return typer.Option(
+        name, metavar=metavar, help=text, show_default=default, rich_help_panel=panel
+    )
+
+
+def flag(panel: str, name: str, text: str, default: Any = True) -> Any:
+    """Declare a switch."""
+    return typer.Option(name, help=text, show_default=default, rich_help_panel=panel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """The options that say how weights become codes; None is a default found later."""
+
+    bits: Annotated[int, value(CODES, "--bits", "2..8", "Bits per code.")] = 4
+    group_size: Annotated[
+        int,
+        value(
+            CODES,
+            "--group-size",
+            "32|64|128|-1",
+            "Inputs that share a scale; -1 is one scale a row.",
+        ),
+    ] = 128
+    override: Annotated[
+        list[str] | None,
+        value(
+            CODES,
+            "--override",
+            "PATTERN=BITS[gGROUP]",
+            'Other bits for some linears, such as "down_proj=4g64" or "v_proj@0-3=16"'
+            " (blocks 0 to 3 kept); may be repeated, the last that fits wins.",
+            "none",
+        ),
+    ] = None
+    head_bits: Annotated[
+        int,
+        value(CODES, "--head-bits", "8|16", "Bits of the head; 16 is as the source."),
+    ] = 16
+    method: Annotated[
+        str,
+        value(
+            CODES,
+            "--method",
+            "rsq|quarot|gptq|rtn",
+            "rsq: rotate, weigh tokens, GPTQ; quarot: rotate, GPTQ; rtn: round.",
+        ),
+    ] = "rsq"
+    rotation: Annotated[
+        str | None,
+        value(
+            CODES,
+            "--rotation",
+            "portable|none",
+            "portable: folded into the weights, nothing left to do at inference.",
+            "by method",
+        ),
+    ] = None
+    symmetric: Annotated[
+        bool,
+        flag(
+            CODES,
+            "--symmetric/--asymmetric",
+            "Codes around zero, or a zero point per group.",
+        ),
+    ] = True
+    signed_scales: Annotated[
+        bool | None,
+        flag(
+            CODES,
+            "--signed-scales/--unsigned-scales",
+            "Let the symmetric grid be mirrored, at no cost in the format.",
+            "signed if symmetric",
+        ),
+    ] = None
+    group_scales: Annotated[
+        str,
+        value(
+            CODES,
+            "--group-scales",
+            "dynamic|static",
+            "Search a group's scale when the sweep reaches it, or before.",
+        ),
+    ] = "dynamic"
+    clip_exponent: Annotated[
+        float,
+        value(
+            CODES,
+            "--clip-exponent",
+            "E",
+            "A scale is searched for the least sum of |error|^E.",
+        ),
+    ] = 2.0
+    damping: Annotated[
+        float,
+        value(
+            CODES,
+            "--damping",
+            "SHARE",
+            "Added to the Hessian's diagonal, as a share of its mean.",
+        ),
+    ] = 0.01
+    propagate: Annotated[
+        float | None,
+        value(
+            CODES,
+            "--propagate",
+            "A",
+            "Share of earlier layers' error to make up for; 0 carries one stream.",
+            "0.5 for rsq, else 0",
+        ),
+    ] = None
+    act_order: Annotated[
+        bool,
+        flag(
+            CODES,
+            "--act-order/--no-act-order",
+            "Quantize heavy inputs first; groups stay whole, columns in place.",
+        ),
+    ] = False
+    sweeps: Annotated[
+        int | None,
+        value(
+            CODES,
+            "--sweeps",
+            "N",
+            "Passes of coordinate descent over the codes; each costs like the solver.",
+            "2 for rsq, else 0",
+        ),
+    ] = None
+    refit: Annotated[
+        bool | None,
+        flag(
+            CODES,
+            "--refit/--no-refit",
+            "Fit the scales to the codes once they stand.",
+            "refit for rsq",
+        ),
+    ] = None
+    seed: Annotated[
+        int, value(CODES, "--seed", "N", "Of the rotation and of the windows.")
+    ] = 0
+    revision: Annotated[
+        str | None,
+        value(
+            CODES,
+            "--revision",
+            "REV",
+            "Branch, tag or commit on the hub.",
+            "its default branch",
+        ),
+    ] = None
