@@ -1,10 +1,11 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver|defaults] [--settings 3:-1 2:64]
+    python benchmarks/methods.py [--table methods|solver|defaults]
+                                 [--settings 3:-1 2:64 2:64:16:8]
                                  [--model DIR --calibration FILE --text FILE]
 
-A setting is bits:group[:samples[:rolled copies]], a group of -1 one scale a row. Without
-options it takes the bundled demo model. A seed decides the calibration
+A setting is bits:group[:samples[:rolled copies]], a group of -1 one scale a row.
+Without options it takes the bundled demo model. A seed decides the calibration
 windows and the signs of the rotation. Every figure is what the public commands
 ``quantize`` and ``eval`` give with the options named; they run in this program, several
 at a time, each on one thread, as neither decides a byte.
@@ -147,8 +148,9 @@ def main() -> None:
             bits, group_size, samples, copies = wanted.values()
             group = "row" if group_size == -1 else group_size
             windows = f"{samples} x {copies}" if copies > 1 else samples
+            mean = statistics.mean(values)
             sys.stdout.write(
-                f"| {bits} | {group} | {windows} | {label} | {statistics.mean(values):.3f}"
+                f"| {bits} | {group} | {windows} | {label} | {mean:.3f}"
                 f" | {spread:.3f} | {seconds:.1f} |\n"
             )
             sys.stdout.flush()
