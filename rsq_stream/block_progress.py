@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from rsq_stream.block_solver import TokenWeights
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
@@ -21,6 +20,7 @@ from rsq_stream.model.block import Block
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import decode_linear
 from rsq_stream.source import Source
+from rsq_stream.stage_statistics import TokenWeights
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot
 from rsq_stream.storage.journal import Journal

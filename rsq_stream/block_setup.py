@@ -24,6 +24,7 @@ from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
 from rsq_stream.slots import RunSlots
 from rsq_stream.source import Source
+from rsq_stream.stage_statistics import StageStatistics
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
@@ -100,6 +101,7 @@ class BlockSetup:
             if linear not in schemes:  # kept: the quantized model has it as stored
                 block.replace_weight(linear, weights[linear].to(dtype).float())
         progress.replace_solved(index, block, done)
+        token_weights = progress.take_up(index, block, done) if stages is None else {}
         solver = BlockSolver(
             index,
             streams,
@@ -110,7 +112,7 @@ class BlockSetup:
             self.passes,
             keeper(index, self.plan, self.source, self.output),
             partial(progress.finish_stage, index),
-            progress.take_up(index, block, done) if stages is None else {},
+            StageStatistics(index, streams, self.plan, self.passes, token_weights),
         )
         return solver, done
 
