@@ -24,7 +24,21 @@ def flag(panel: str, name: str, text: str, default: Any = True) -> Any:
 class Codes:
     """The options that say how weights become codes; None is a default found later."""
 
-    bits: Annotated[int, value(CODES, "--bits", "2..8", "Bits per code.")] = 4
+    bits: Annotated[
+        int | None,
+        value(CODES, "--bits", "2..8", "Bits per code.", "4, or as --bpw has it"),
+    ] = None
+    bpw: Annotated[
+        float | None,
+        value(
+            CODES,
+            "--bpw",
+            "X",
+            "Choose the bits of each linear, by what one more pass measures: X over the"
+            " whole output.",
+            "off",
+        ),
+    ] = None
     group_size: Annotated[
         int,
         value(

@@ -8,9 +8,12 @@ from typing import Any
 
 from rsq_stream.config import QuantizationPlan
 
+from .bits import explained, with_bits
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
+from .progress import shown
+from .stopping import StopRequest
 from .text import exact_size, facts, remark, say, say_json, size
 
 
@@ -22,10 +25,20 @@ def plan(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a run would need and make; works without the calibration text."""
+    """Show what a run would need and make; works without the calibration text.
+
+    With --bpw it measures first, and leaves that for quantize in the work folder.
+    """
     del debug
-    made = prepare(model, job, read_calibration=False)
+    made = prepare(model, job, read_calibration=job.bpw is not None)
+    why = None
+    if job.bpw is not None:
+        with StopRequest() as stop, shown(silent=quiet or as_json) as listener:
+            made, choice = with_bits(made, job.bpw, listener, stop.event)
+        why = explained(made, choice)
     show(made, as_json=as_json)
+    if why and not as_json:
+        say(f"\n{why}")
     if not quiet:
         warn_about_disk(made)
 

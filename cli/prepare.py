@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from rsq_stream.settings import Settings
     from rsq_stream.storage.shards import Checkpoint
 
+USUAL_BITS = 4
+LEAST_BITS = 2
+"""Stands in a plan with ``--bpw`` until the bits are chosen."""
 ROTATIONS = ("portable", "none")
 
 
@@ -62,6 +65,10 @@ def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
         make_deterministic()
     # A first time without the text: a bad option must not wait for it.
     plan = make_plan(checkpoint, architecture, settings, None, place)
+    if job.bpw is not None:
+        from rsq_stream.bits_choice import require_reachable
+
+        require_reachable(checkpoint, architecture, plan, job.bpw)
     execution = plan_execution(checkpoint, architecture, plan, options)
     windows = None
     if read_calibration and plan.needs_calibration:
@@ -87,6 +94,10 @@ def settings_of(job: Job) -> "Settings":
         )
     if job.signed_scales and not job.symmetric:
         raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
+    if job.bpw is not None and job.bits is not None:
+        raise UsageError("--bpw chooses the bits: leave --bits out")
+    if job.bpw is not None and job.method == "rtn":
+        raise UsageError("--bpw measures on calibration text, which rtn does without")
     if job.importance_tokens is not None and job.importance != "first-n":
         raise UsageError("--importance-tokens needs --importance first-n")
 
@@ -100,6 +111,7 @@ def settings_of(job: Job) -> "Settings":
     }
     if job.signed_scales is None:
         given["signed_scales"] = job.symmetric
+    given["bits"] = job.bits or (USUAL_BITS if job.bpw is None else LEAST_BITS)
     given["overrides"] = tuple(job.override or ())
     if job.calibration not in DATA_SETS:
         given["calibration"] = "file"  # its windows are hashed; its path is not
@@ -109,7 +121,8 @@ def settings_of(job: Job) -> "Settings":
 def run_options(model: str, job: Job, device: str, ram_bytes: int | None) -> RunOptions:
     """Take from the options what may change on resume."""
     name = Path(model).resolve().name
-    output = job.output or Path(f"{name}-{job.method}-{job.bits}bit")
+    kind = f"{job.bits or USUAL_BITS}bit" if job.bpw is None else f"{job.bpw:g}bpw"
+    output = job.output or Path(f"{name}-{job.method}-{kind}")
     work_dir = job.work_dir or output.with_name(output.name + ".work")
     return RunOptions(
         output=output,

@@ -62,8 +62,6 @@ class Pace:
 
 def worst_of(records: tuple[LinearRecord, ...]) -> str:
     """Name the linear that lost most: ``worst down_proj 0.0412``."""
-    if not records:
-        return "no linears"
     worst = max(records, key=lambda made: made.relative_error)
     return f"worst {linear_kind(worst.name)} {worst.relative_error:.4f}"
 
@@ -86,8 +84,9 @@ class Lines:
             parts = [
                 f"block {event.block + 1}/{self._pace.blocks}",
                 f"{event.seconds:.1f} s",
-                worst_of(event.records),
             ]
+            if event.records:
+                parts.append(worst_of(event.records))
             if left is not None and self._pace.done < self._pace.blocks:
                 parts.append(f"ETA {duration(left)}")
             sys.stderr.write("  ".join(parts) + "\n")
@@ -136,7 +135,7 @@ class LiveLine:
         elif isinstance(event, UnitsDone):
             self._units_done += event.units
         elif isinstance(event, BlockFinished):
-            self._last = worst_of(event.records)
+            self._last = worst_of(event.records) if event.records else ""
             self._stage, self._units, self._units_done = "reading", 0, 0
         self._show()
 

@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING
 
+from .bits import explained, with_bits
 from .findings import notices_of, warnings_of
 from .job import Job
 from .options import Debug, DryRun, Json, Model, Quiet
@@ -11,7 +12,7 @@ from .plan import as_object, show, warn_about_disk
 from .prepare import Prepared, prepare
 from .progress import shown
 from .stopping import StopRequest
-from .text import duration, exact_size, facts, remark, say, say_json
+from .text import duration, exact_size, facts, remark, say, say_aside, say_json
 
 if TYPE_CHECKING:
     from rsq_stream.pipeline import RunSummary
@@ -29,6 +30,14 @@ def quantize(
     """Quantize a model; the same command goes on where a run stopped."""
     del debug
     made = prepare(model, job, read_calibration=True)
+    silent = quiet or as_json
+    if job.bpw is not None:
+        if not silent:
+            remark("notice", "measuring what bits cost; then the run itself")
+        with StopRequest() as stop, shown(silent=silent) as listener:
+            made, choice = with_bits(made, job.bpw, listener, stop.event)
+        if not silent:
+            say_aside(explained(made, choice))
     warn_about_disk(made)
     if dry_run:
         show(made, as_json=as_json)
@@ -36,7 +45,7 @@ def quantize(
 
     from rsq_stream.pipeline import quantize as run
 
-    with StopRequest() as stop, shown(silent=quiet or as_json) as listener:
+    with StopRequest() as stop, shown(silent=silent) as listener:
         summary = run(
             made.checkpoint,
             made.plan,

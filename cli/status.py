@@ -7,6 +7,7 @@ from typing import Any
 
 from rsq_stream.errors import ScratchError
 from rsq_stream.storage.journal import NAME, Journal
+from rsq_stream.storage.run_folder import MEASURED
 
 from .options import Debug, Json, Quiet, WorkDir
 from .text import duration, facts, say, say_json, table
@@ -59,6 +60,10 @@ def read_status(work_dir: Path) -> dict[str, Any]:
         The folder holds no journal, or one that cannot be read.
     """
     path = work_dir / NAME
+    measuring = not path.is_file() and (work_dir / MEASURED / NAME).is_file()
+    if measuring:
+        work_dir = work_dir / MEASURED
+        path = work_dir / NAME
     if not path.is_file():
         raise ScratchError(
             f"{work_dir}: no run here ({NAME} is missing); give the --work-dir of an"
@@ -69,12 +74,14 @@ def read_status(work_dir: Path) -> dict[str, Any]:
         last = journal.last_block()
         total = journal.get("blocks")
         seconds = journal.block_seconds()
-        linears = list(journal.linears().values())
+        # What --bpw measures is no error of anything that was made.
+        linears = [] if measuring else list(journal.linears().values())
     done = 0 if last is None else last + 1
     timed = seconds[-done:] if done else []  # the first row is no block: embeddings
     linears.sort(key=lambda made: float(made["relative_error"]), reverse=True)
     return {
         "work_dir": str(work_dir),
+        "measuring": measuring,
         "process": running_process(work_dir),
         "blocks_done": done,
         "blocks": int(total) if total else None,
@@ -102,6 +109,13 @@ def running_process(work_dir: Path) -> int | None:
 
 
 def _state(found: dict[str, Any]) -> str:
+    if found["measuring"]:
+        if found["blocks_done"] == found["blocks"]:
+            return "what bits cost is measured; quantize --bpw X goes on from there"
+        what = "measuring what bits cost, before the run itself"
+        if found["process"] is not None:
+            return f"{what}; process {found['process']}"
+        return f"stopped while {what}; the same command goes on"
     if found["process"] is not None:
         return f"running, process {found['process']}"
     if found["blocks_done"] == found["blocks"]:

@@ -88,6 +88,11 @@ def say_json(content: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
+def say_aside(text: str) -> None:
+    """Write lines to stderr: stdout is for what was asked for."""
+    typer.echo(text, err=True)
+
+
 def remark(kind: str, text: str) -> None:
     """Write one line to stderr: ``notice: ...`` or ``warning: ...``."""
     typer.echo(f"{kind}: {' '.join(text.splitlines())}", err=True)

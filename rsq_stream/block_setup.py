@@ -22,7 +22,7 @@ from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import encode_linear
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
-from rsq_stream.slots import RunSlots
+from rsq_stream.slots import RunSlots, embed
 from rsq_stream.source import Source
 from rsq_stream.stage_statistics import StageStatistics
 from rsq_stream.storage.journal import Journal
@@ -59,15 +59,7 @@ class BlockSetup:
 
     def embed(self, windows: Windows, embedding_VD: Tensor) -> None:
         """Write the first block's input, durably: the same for all streams."""
-        for slot in self.slots.inputs_of(0):
-            slot.renew()
-            for unit in range(slot.shape.units):
-                self.passes.check()
-                count = slot.shape.unit_sequences
-                token_BT = windows.tokens(unit * count, count)
-                x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
-                slot.write(unit, x_BTD, durable=True)
-            slot.flush(durable=True)
+        embed(self.slots.inputs_of(0), windows, embedding_VD, self.passes.check)
 
     def open(
         self, index: int, tensors: Mapping[str, Tensor], stages: int | None = None

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -241,22 +242,27 @@ class OutputFolder:
 
 def bits_per_weight(architecture: Architecture, layouts: list[ShardLayout]) -> float:
     """Give the bits of the whole output per weight of the source model."""
-    weights = sum(
-        _count(shape) for shape in architecture.outer_shapes().values()
-    ) + architecture.blocks * sum(
-        _count(shape) for shape in architecture.block_shapes().values()
-    )
-    stored = sum(
+    return _bits(layouts) / source_weights(architecture)
+
+
+def output_bits(
+    checkpoint: Checkpoint, architecture: Architecture, plan: QuantizationPlan
+) -> int:
+    """Count the bits of all tensors of a plan's output."""
+    return _bits(plan_layouts(checkpoint, architecture, plan))
+
+
+def _bits(layouts: list[ShardLayout]) -> int:
+    return 8 * sum(
         tensor.size_bytes for layout in layouts for _, tensor in layout.places.values()
     )
-    return 8 * stored / weights
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def source_weights(architecture: Architecture) -> int:
+    """Count the weights of the source model."""
+    block = sum(prod(shape) for shape in architecture.block_shapes().values())
+    outer = sum(prod(shape) for shape in architecture.outer_shapes().values())
+    return outer + architecture.blocks * block
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

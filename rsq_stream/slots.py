@@ -5,11 +5,14 @@ None is overwritten while a resumed run may still need it: a block's input lives
 until the block is journalled, h until the next block's third stage.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import Listener, Notice
 from rsq_stream.execution import ExecutionPlan
@@ -87,6 +90,24 @@ class RunSlots:
         for turns in self._streams:
             for slot in turns:
                 slot.close()
+
+
+def embed(
+    slots: Sequence[Slot],
+    windows: Windows,
+    embedding_VD: Tensor,
+    check: Callable[[], None],
+) -> None:
+    """Write the first block's input, durably: the same for all streams."""
+    for slot in slots:
+        slot.renew()
+        for unit in range(slot.shape.units):
+            check()
+            count = slot.shape.unit_sequences
+            token_BT = windows.tokens(unit * count, count)
+            x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
+            slot.write(unit, x_BTD, durable=True)
+        slot.flush(durable=True)
 
 
 def slot_shape(plan: QuantizationPlan, width: int) -> SlotShape:

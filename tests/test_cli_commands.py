@@ -66,6 +66,48 @@ def test_quantize_json_is_one_object(run: Run, tmp_path: Path) -> None:
     assert len(made["linears"]) == 28
 
 
+def test_bpw_measures_chooses_and_keeps_to_it(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    wanted = (MODEL, *SMALL, "--bpw", "8", "--group-size", "64", "--output", output)
+    code, out, err = run("plan", *wanted)
+    assert code == 0
+    assert err.count("\nblock ") + err.startswith("block ") == 4
+    assert "bits by block, for 8.0" in out or "bits by block, for 7.99" in out
+    assert "as chosen" in out
+    work = tmp_path / "out.work"
+    assert [path.name for path in work.iterdir()] == ["bits"]
+    _, state, _ = run("status", work)
+    assert "what bits cost is measured" in state
+    # Measured already: the run begins at once, and has that plan.
+    plan_out = json.loads(run("plan", *wanted, "--json")[1])
+    code, out, err = run("quantize", *wanted)
+    assert code == 0
+    assert err.count("\nblock ") + err.startswith("block ") == 4
+    manifest = json.loads((output / "rsq_stream.json").read_text())
+    assert manifest["plan_sha256"] == plan_out["plan_sha256"]
+    assert abs(manifest["bits_per_weight"] - 8) <= 0.011  # one step of this small model
+    assert len({made["bits"] for made in manifest["linears"]}) > 1
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bpw", "8", "--bits", "3"), "--bpw chooses the bits: leave --bits out"),
+        (("--bpw", "8", "--method", "rtn"), "--bpw measures on calibration text"),
+        (("--bpw", "1"), "--bpw must be 7.67 to"),
+    ],
+)
+def test_bpw_refuses_at_once(
+    run: Run, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    output = ("--group-size", "64", "--output", tmp_path / "out")
+    code, _, err = run("quantize", MODEL, *SMALL, *output, *options)
+    assert code == 1
+    assert err.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
     code, out, err = run(
         "quantize", MODEL, "--method", "rtn", "--output", tmp_path / "out", "--quiet"

@@ -174,7 +174,8 @@ def _solve_tile(
         # Rounding is compared with the scales that are kept.
         nearest_RI, nearest_error_RI = _rounded(weight_RI, scale_RG, zero_RG, grid)
     losses = [
-        _loss(part_RI, factor) for part_RI in (error_RI, nearest_error_RI, weight_RI)
+        weighted_loss(part_RI, factor)
+        for part_RI in (error_RI, nearest_error_RI, weight_RI)
     ]
     return _Tile(code_RI, nearest_RI, scale_RG, zero_RG, torch.stack(losses))
 
@@ -205,7 +206,7 @@ def _current(weight_RC: Tensor, target_RC: Tensor, unit_CC: Tensor) -> Tensor:
     return weight_RC + owed_RC
 
 
-def _loss(error_RI: Tensor, factor: Factor) -> Tensor:
+def weighted_loss(error_RI: Float[Tensor, "R I"], factor: Factor) -> Tensor:
     """Compute tr(E H E^T) in fp64 sums, H undamped, from the lower triangle."""
     total = torch.zeros((), dtype=torch.float64, device=error_RI.device)
     start = 0

@@ -17,8 +17,11 @@ from rsq_stream.storage.journal import Journal
 
 _LOCK = "lock"
 OWN_FILES = (_LOCK, JOURNAL, "windows.safetensors", "token-weights.safetensors")
-OWN_FOLDERS = ("even", "odd", "h", "full-even", "full-odd", "full-h")
-"""Activation slots; ``OWN_FILES`` and these are all that a run puts here."""
+SLOTS = ("even", "odd", "h", "full-even", "full-odd", "full-h")
+MEASURED = "bits"
+"""What ``--bpw`` measured: a work folder of its own, which outlives refusals."""
+OWN_FOLDERS = (*SLOTS, MEASURED)
+"""``OWN_FILES`` and these are all that a run puts here."""
 _ENDINGS = ("", atomic.PARTIAL, "-journal")
 
 
@@ -87,9 +90,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget the unfinished run, for ``--restart``."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
         # The journal first: without it nothing else means anything.
         self._remove_own(JOURNAL)
         self._remove_own(*OWN_FILES, *OWN_FOLDERS)
+
+    def drop_slots(self) -> None:
+        """Remove the activations: what they were for is done."""
+        self._remove_own(*SLOTS)
 
     def _remove_own(self, *names: str) -> None:
         """Remove files or folders that a run put here; the lock stays."""
@@ -143,7 +153,7 @@ class RunFolder:
     def _remove_if_ours(self) -> None:
         """Remove what a run left and the folder; one that holds anything else stays."""
         with atomic.explained(self.path):
-            if not self._foreign():
+            if not self._foreign() and not (self.path / MEASURED).exists():
                 self._remove_own(*OWN_FILES, *OWN_FOLDERS)
                 atomic.remove_file(self.path / _LOCK)
                 self.path.rmdir()

@@ -1,0 +1,66 @@
+"""``--bpw``: measure what bits cost, choose them, and say what was chosen and why."""
+
+import dataclasses
+import threading
+from typing import TYPE_CHECKING
+
+from rsq_stream.events import Listener
+from rsq_stream.model.architecture import STAGES, block_prefix
+
+from .prepare import Prepared
+from .text import facts
+
+if TYPE_CHECKING:
+    from rsq_stream.bits_choice import Choice
+
+
+def with_bits(
+    made: Prepared, bpw: float, listener: Listener, stop: threading.Event
+) -> tuple[Prepared, "Choice"]:
+    """Measure, unless that was done, and give the plan with the bits it chose."""
+    from rsq_stream.bits_choice import choose_bits
+    from rsq_stream.measure import measure, measuring_plan
+    from rsq_stream.planner import inspect_checkpoint, plan_execution
+
+    checkpoint, options = made.checkpoint, made.options
+    architecture = inspect_checkpoint(checkpoint)
+    measuring = measuring_plan(made.plan)
+    assert made.windows is not None
+    costs = measure(
+        checkpoint,
+        measuring,
+        plan_execution(checkpoint, architecture, measuring, options),
+        options,
+        made.windows,
+        listener=listener,
+        stop=stop,
+    )
+    choice = choose_bits(checkpoint, architecture, made.plan, costs, bpw)
+    execution = plan_execution(checkpoint, architecture, choice.plan, options)
+    chosen = dataclasses.replace(made, plan=choice.plan, execution=execution)
+    return chosen, choice
+
+
+def explained(made: Prepared, choice: "Choice") -> str:
+    """Write the choice: bits by block for each stage, and what it is expected to do."""
+    rows = {}
+    for stage in STAGES:
+        digits = [_bits(made, block, stage.linears[0]) for block in range(made.blocks)]
+        name = ", ".join(linear.rpartition(".")[2] for linear in stage.linears)
+        rows[name.replace("_proj", "")] = " ".join(digits)
+    chosen = f"{choice.bits_per_weight:.3f} bits per weight"
+    expected = {
+        f"all at {bits} bits": f"{cost:.4f} at {size:.3f} bits per weight"
+        for bits, (size, cost) in choice.uniform.items()
+    }
+    expected["as chosen"] = f"{choice.cost:.4f} at {chosen}"
+    return (
+        f"bits by block, for {chosen} over the whole model:\n{facts(rows)}\n\n"
+        "share of its output that each block loses, as measured, over all blocks:\n"
+        f"{facts(expected)}"
+    )
+
+
+def _bits(made: Prepared, block: int, linear: str) -> str:
+    own = made.plan.override(block_prefix(block) + linear)
+    return str(made.plan.bits if own is None else own.bits)

@@ -1,0 +1,137 @@
+"""What a block's output loses for each linear at each number of bits.
+
+The loss that GPTQ will leave is read off the factor without a sweep: with H + lambda I
+= U D U^T it is sum over columns k of d_k e_k^2 (``algorithm/solver.py``), e_k the
+rounding errors of column k's targets, which those of the weights stand for.
+
+What such a loss does to the model is measured once per linear: with its weights rounded
+to ``PROBE_BITS``, how far the block's output moves, as a share of each token's energy.
+The cost of other bits follows in proportion to the losses.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rsq_stream.algorithm.factor import Factor, factorise
+from rsq_stream.algorithm.grid import decode
+from rsq_stream.algorithm.solver import round_to_nearest, weighted_loss
+from rsq_stream.block_solver import make_grid
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.errors import NumericalError
+from rsq_stream.model.architecture import STAGES, block_prefix
+from rsq_stream.passes import Passes
+from rsq_stream.schemes import Scheme
+from rsq_stream.stage_statistics import StageStatistics
+from rsq_stream.streams import WRITES_H, Stream
+
+BITS = (2, 3, 4, 5, 6, 8)
+PROBE_BITS = 3
+PROBE_TOKENS = 8192
+"""Of the calibration set, as many tokens see each linear rounded."""
+
+Costs = dict[str, dict[int, float]]
+"""By linear and bits: the mean share of a token's output energy that is lost."""
+
+
+@dataclass
+class BlockMeter:
+    """One block in full precision, about to be measured."""
+
+    index: int
+    stream: Stream
+    weights: dict[str, Tensor]
+    """fp32 weights by linear."""
+    types: dict[str, torch.dtype]
+    """Stored type of each linear."""
+    plan: QuantizationPlan
+    passes: Passes
+    _losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    _probes: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    """Rounded weights by linear, and their loss."""
+
+    def run(self) -> Costs:
+        """Measure all linears; the block's outputs are written as well."""
+        statistics = StageStatistics(self.index, [self.stream], self.plan, self.passes)
+        for number, stage in enumerate(STAGES):
+            if number == WRITES_H:
+                self.stream.slots.h.renew()
+            hessian, _ = statistics.accumulate(number)
+            if number == WRITES_H:
+                self.stream.slots.h.flush(durable=False)
+            self.passes.check()
+            pool, columns = self.passes.pool, self.plan.tile_columns
+            try:
+                factor = factorise(hessian, self.plan.damping, columns, pool)
+            except NumericalError as error:
+                where = f"block {self.index}, {stage.name}"
+                raise NumericalError(f"{where}: {error}") from error
+            for linear in stage.linears:
+                self._measure(linear, factor)
+        shares = self._shares()
+        self.stream.advance(self.passes, self.index)
+        return {
+            linear: {
+                bits: shares[linear] * loss / self._probes[linear][1]
+                if self._probes[linear][1] > 0
+                else 0.0
+                for bits, loss in losses.items()
+            }
+            for linear, losses in self._losses.items()
+        }
+
+    def _measure(self, linear: str, factor: Factor) -> None:
+        """Find a linear's losses at all bits, and keep it as the probe has it."""
+        weight_OI = self.weights.pop(linear)
+        self._losses[linear] = {}
+        for bits in BITS:
+            self.passes.check()
+            scheme = self._scheme(linear, bits, weight_OI.shape[1])
+            grid = make_grid(self.plan, bits, self.types[linear])
+            rows, pool = self.plan.tile_rows, self.passes.pool
+            made = round_to_nearest(weight_OI, grid, scheme.group_size, rows, pool)
+            decoded_OI = decode(
+                made.code_OI, made.scale_OG, made.zero_OG, grid.storage_type
+            )
+            error_OI = weight_OI - decoded_OI
+            error_I = error_OI.square().sum(0, dtype=torch.float64)
+            loss = (error_I * factor.scale_I.double()).sum()
+            self._losses[linear][bits] = float(loss)
+            if bits == PROBE_BITS:
+                probe_loss = float(weighted_loss(error_OI, factor))
+                self._probes[linear] = decoded_OI, probe_loss
+
+    def _scheme(self, linear: str, bits: int, inputs: int) -> Scheme:
+        scheme = self.plan.scheme(block_prefix(self.index) + linear, inputs)
+        assert scheme is not None
+        return Scheme(bits, scheme.group_size, scheme.symmetric)
+
+    def _shares(self) -> dict[str, float]:
+        """Give by how much of its energy the output moves for each rounded linear."""
+        block, pool = self.stream.block, self.passes.pool
+        tokens = self.plan.unit_sequences * self.plan.sequence_length
+        units = min(self.plan.units, -(-PROBE_TOKENS // tokens))
+        compute = getattr(torch, self.plan.compute_type)
+        inputs = [
+            x_BTD.to(block.device, compute)
+            for x_BTD in self.stream.slots.x.read(range(units))
+        ]
+        outputs = pool.map(block.forward, inputs)
+
+        def moved(unit: int) -> Tensor:
+            before_BTD = outputs[unit].float()
+            change_BTD = block.forward(inputs[unit]).float() - before_BTD
+            energy_BT = before_BTD.square().sum(-1, dtype=torch.float64)
+            moved_BT = change_BTD.square().sum(-1, dtype=torch.float64)
+            return (moved_BT / energy_BT.clamp(min=1e-30)).sum()
+
+        shares, count = {}, sum(x_BTD.shape[0] * x_BTD.shape[1] for x_BTD in inputs)
+        for linear, (rounded_OI, _) in self._probes.items():
+            self.passes.check()
+            whole_OI = block.weight(linear)
+            block.replace_weight(linear, rounded_OI)
+            shares[linear] = float(torch.stack(pool.map(moved, range(units))).sum())
+            shares[linear] /= count
+            block.replace_weight(linear, whole_OI)
+        return shares

@@ -1,0 +1,202 @@
+"""The pass before a run with ``--bpw``: what each linear costs at each number of bits.
+
+One block at a time like the run itself, in full precision, into a work folder of its
+own: killed, it goes on after the last finished block, and what was measured once serves
+any target.
+"""
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from rsq_stream.block_meter import PROBE_BITS, BlockMeter, Costs
+from rsq_stream.calibration import Windows
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.errors import DamagedError, PlanMismatchError
+from rsq_stream.events import BlockFinished, Listener, Notice, RunStarted, ignore
+from rsq_stream.execution import ExecutionPlan, RunOptions
+from rsq_stream.identity import SourceIdentity
+from rsq_stream.model.architecture import (
+    LINEARS,
+    Architecture,
+    block_prefix,
+    read_architecture,
+)
+from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.ops.pool import single_threaded_products
+from rsq_stream.passes import Passes, stopper
+from rsq_stream.slots import RunSlots, embed
+from rsq_stream.source import Source
+from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.run_folder import MEASURED, RunFolder
+from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.streams import Stream
+
+
+def measuring_plan(plan: QuantizationPlan) -> QuantizationPlan:
+    """Give what the measured costs depend on: all but the bits and the solver's extras.
+
+    Every linear is measured, also those that have their bits already.
+    """
+    return dataclasses.replace(
+        plan,
+        bits=PROBE_BITS,
+        overrides=(),
+        propagate=0.0,
+        sweeps=0,
+        refit=False,
+        act_order=False,
+    )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    plan: QuantizationPlan,
+    execution: ExecutionPlan,
+    options: RunOptions,
+    windows: Windows,
+    *,
+    listener: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> Costs:
+    """Measure all linears of a model, by full name; at once where that was done before.
+
+    ``plan`` and ``execution`` are those of ``measuring_plan``.
+
+    Raises
+    ------
+    Interrupted
+        ``stop`` was set: finished blocks are kept.
+    RsqError
+        Whatever else went wrong, in one line.
+    """
+    stop = stop or threading.Event()
+    place = options.work_dir / MEASURED
+    with (
+        RunFolder(place) as folder,
+        single_threaded_products(options.workers, stopper(stop)) as pool,
+    ):
+        passes = Passes(pool, execution.in_flight, listener, stop)
+        if options.restart:
+            folder.clear()
+        while True:
+            try:
+                journal = folder.open_journal(plan.canonical_json(), plan.sha256)
+                run = _Run(checkpoint, plan, execution, options, journal, passes, place)
+                try:
+                    return run.costs(windows)
+                finally:
+                    run.close()
+                    if run.done:
+                        folder.drop_slots()
+            except (DamagedError, PlanMismatchError) as error:
+                # Nothing but time is lost: another plan or damaged activations.
+                folder.clear()
+                listener(Notice(text=f"{error}; the bits are measured again"))
+
+
+class _Run:
+    """One measuring run."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: QuantizationPlan,
+        execution: ExecutionPlan,
+        options: RunOptions,
+        journal: Journal,
+        passes: Passes,
+        place: Path,
+    ) -> None:
+        where = checkpoint.files.where
+        self._architecture: Architecture = read_architecture(checkpoint.config, where)
+        self._plan, self._journal, self._passes = plan, journal, passes
+        self._identity = SourceIdentity(checkpoint, journal, passes.check)
+        device = torch.device(options.device)
+        self._source = Source(
+            checkpoint, self._architecture, plan, device, self._identity
+        )
+        self._config = layer_config(self._architecture.family, checkpoint.config)
+        compute = getattr(torch, plan.compute_type)
+        family, length = self._architecture.family, plan.sequence_length
+        self._rope = Rope(family, self._config, length, compute, device)
+        width, listener = self._architecture.width, passes.listener
+        self._slots = RunSlots(plan, width, execution, place, listener)
+
+    @property
+    def done(self) -> bool:
+        """Whether all blocks are measured."""
+        return self._journal.last_block() == self._architecture.blocks - 1
+
+    def costs(self, windows: Windows) -> Costs:
+        """Measure the blocks that are left; gives the costs of all linears."""
+        last = self._journal.last_block()
+        blocks, tokens = self._architecture.blocks, self._plan.sequences
+        first = 0 if last is None else last + 1
+        if not self.done:
+            self._passes.listener(
+                RunStarted(
+                    blocks=blocks,
+                    first_block=first,
+                    tokens=tokens * self._plan.sequence_length,
+                )
+            )
+        self._identity.start()
+        self._journal.put({"blocks": str(blocks)})
+        if last is None:
+            slots = self._slots.inputs_of(0)
+            embed(slots, windows, self._source.embedding(), self._passes.check)
+            self._commit(-1, 0.0, {})
+        else:
+            for slot in self._slots.inputs_of(first):
+                slot.checksums = self._journal.chunks(slot.folder.name)
+        for index in range(first, blocks):
+            self._passes.check()
+            began = time.monotonic()
+            costs = self._block(index)
+            seconds = time.monotonic() - began
+            self._commit(index, seconds, costs)
+            self._passes.listener(
+                BlockFinished(block=index, seconds=seconds, records=())
+            )
+        self._identity.complete()
+        return {
+            name: {int(bits): cost for bits, cost in made.items()}
+            for name, made in self._journal.linears().items()
+        }
+
+    def _block(self, index: int) -> Costs:
+        tensors = self._source.block(index)
+        weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
+        compute = getattr(torch, self._plan.compute_type)
+        cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
+        tensors.clear()
+        family, rope = self._architecture.family, self._rope
+        (slots,) = self._slots.of_block(index)
+        block = Block(family, self._config, index, cast, rope)
+        stream = Stream(block, slots, self._plan)
+        types = self._source.linear_types(index)
+        return BlockMeter(index, stream, weights, types, self._plan, self._passes).run()
+
+    def _commit(self, index: int, seconds: float, costs: Costs) -> None:
+        slots = self._slots.inputs_of(index + 1)
+        prefix = block_prefix(index)
+        self._journal.finish_block(
+            index,
+            seconds,
+            {slot.folder.name: slot.checksums for slot in slots},
+            {
+                prefix + linear: {str(bits): cost for bits, cost in made.items()}
+                for linear, made in costs.items()
+            },
+            {},
+            self._source.news(),
+        )
+
+    def close(self) -> None:
+        """Stop the threads that hash, read and write."""
+        self._identity.close()
+        self._slots.close()
