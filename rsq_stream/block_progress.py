@@ -9,8 +9,8 @@ import dataclasses
 import zlib
 from pathlib import Path
 
-import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import DamagedError
@@ -68,12 +68,7 @@ class BlockProgress:
 
     def write_token_weights(self, token_weights: TokenWeights) -> int:
         """Keep the tokens' importance for later stages; gives the file's CRC-32."""
-        content = save(
-            {
-                str(unit): weight_T.to("cpu", torch.bfloat16)
-                for unit, weight_T in token_weights.items()
-            }
-        )
+        content = save({"weight": token_weights.weight_BT.to("cpu")})
         atomic.write_file(self.work_dir / TOKEN_WEIGHTS, content)
         return zlib.crc32(content)
 
@@ -93,7 +88,7 @@ class BlockProgress:
                     decoded_OI = decode_linear(self.output.read, name, scheme)
                     block.replace_weight(linear, decoded_OI)
 
-    def take_up(self, index: int, block: Block, done: int) -> TokenWeights:
+    def take_up(self, index: int, block: Block, done: int) -> Tensor | None:
         """Take up what the first ``done`` stages left in the work folder.
 
         Raises
@@ -102,7 +97,7 @@ class BlockProgress:
             The tokens' weights are not what was written.
         """
         if done == 0:
-            return {}
+            return None
         if done > WRITES_H:
             for slot in self.h:
                 slot.checksums = self.journal.chunks(slot.folder.name)
@@ -111,7 +106,4 @@ class BlockProgress:
         if self.journal.chunks(TOKEN_WEIGHTS).get(index) != zlib.crc32(content):
             raise DamagedError(f"{path}: is damaged or missing", path.name)
         device = block.weight(STAGES[0].linears[0]).device
-        return {
-            int(unit): weight_T.float().to(device)
-            for unit, weight_T in load(content).items()
-        }
+        return load(content)["weight"].to(device)

@@ -93,7 +93,7 @@ class BlockSetup:
             if linear not in schemes:  # kept: the quantized model has it as stored
                 block.replace_weight(linear, weights[linear].to(dtype).float())
         progress.replace_solved(index, block, done)
-        token_weights = progress.take_up(index, block, done) if stages is None else {}
+        known_BT = progress.take_up(index, block, done) if stages is None else None
         solver = BlockSolver(
             index,
             streams,
@@ -104,7 +104,7 @@ class BlockSetup:
             self.passes,
             keeper(index, self.plan, self.source, self.output),
             partial(progress.finish_stage, index),
-            StageStatistics(index, streams, self.plan, self.passes, token_weights),
+            StageStatistics(index, streams, self.plan, self.passes, known_BT),
         )
         return solver, done
 

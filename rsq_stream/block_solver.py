@@ -25,7 +25,7 @@ from rsq_stream.stage_statistics import StageStatistics, TokenWeights
 from rsq_stream.streams import WRITES_H, Stream
 
 Keep = Callable[[str, Solution], None]
-FinishStage = Callable[[int, list[LinearRecord], "TokenWeights"], None]
+FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
 
 
 def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> Grid:

@@ -31,8 +31,9 @@ from rsq_stream.storage.shards import Checkpoint
 
 _JOURNAL_BYTES = 256 << 10
 """An SQLite file with its rollback journal, before it grows with the model."""
-_OVERHEAD_BYTES = 160 << 20
-"""Libraries loaded after planning, threads and the allocator: 90 to 100 MiB seen."""
+_OVERHEAD_BYTES = 208 << 20
+"""Libraries loaded after planning, threads, and what the allocator keeps between
+passes: 90 MiB seen with one stream, 180 MiB with two."""
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_ENDING = "rotary_emb.inv_freq"
 """Buffers that old checkpoints carry and every loader recomputes."""

@@ -4,9 +4,10 @@ The Hessian of the stage's input, in the first stage the tokens' importance too,
 with two streams the drift between them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.algorithm import importance
@@ -17,8 +18,30 @@ from rsq_stream.model.architecture import STAGES
 from rsq_stream.passes import Passes, flat, require_finite
 from rsq_stream.streams import StageInput, Stream
 
-TokenWeights = dict[int, Tensor]
-"""Importance of a block's tokens, end to end, by unit; exact in bf16."""
+
+class TokenWeights:
+    """Importance of a block's tokens: one tensor, rounded to bf16.
+
+    A tensor per unit would lie between what a pass allocates and gives back, and the
+    heap would grow with every unit.
+    """
+
+    def __init__(self, weight_BT: Tensor, unit_sequences: int) -> None:
+        """Take weights ``[sequences, tokens]`` in bf16, those of a unit in a row."""
+        self.weight_BT = weight_BT
+        self._unit_sequences = unit_sequences
+
+    def of_unit(self, unit: int) -> Float[Tensor, "T"]:
+        """Give a unit's weights end to end, in fp32."""
+        return self._rows(unit).float().reshape(-1)
+
+    def put(self, unit: int, weight_BT: Float[Tensor, "B T"]) -> None:
+        """Keep a unit's weights, which are exact in bf16."""
+        self._rows(unit).copy_(weight_BT)
+
+    def _rows(self, unit: int) -> Tensor:
+        first = unit * self._unit_sequences
+        return self.weight_BT[first : first + self._unit_sequences]
 
 
 @dataclass
@@ -30,8 +53,17 @@ class StageStatistics:
     """The quantized stream; with error propagation the full-precision one too."""
     plan: QuantizationPlan
     passes: Passes
-    token_weights: TokenWeights = field(default_factory=dict)
-    """Filled by the first stage, or given where that one is done already."""
+    known_BT: InitVar[Tensor | None] = None
+    """Token weights of a first stage that is done already."""
+    token_weights: TokenWeights = field(init=False)
+    """Filled by the first stage."""
+
+    def __post_init__(self, known_BT: Tensor | None) -> None:
+        if known_BT is None:
+            size = self.plan.sequences, self.plan.sequence_length
+            device = self.streams[0].block.device
+            known_BT = torch.zeros(size, dtype=torch.bfloat16, device=device)
+        self.token_weights = TokenWeights(known_BT, self.plan.unit_sequences)
 
     def weigh(self) -> TokenWeights:
         """Give the tokens' weights alone; q and k must be those of the source."""
@@ -74,11 +106,14 @@ class StageStatistics:
             )
             if drift is None:
                 return u_TI, None
-            return u_TI, drift_error(made[0], made[1], self.token_weights[unit], alone)
+            weight_T = self.token_weights.of_unit(unit)
+            return u_TI, drift_error(made[0], made[1], weight_T, alone)
 
         slots = [stream.slot(number) for stream in self.streams]
         for run in self.passes.over(slots, self.index, stage.name, one):
-            units = [(u_TI, self.token_weights[unit]) for unit, (u_TI, _) in run]
+            units = [
+                (u_TI, self.token_weights.of_unit(unit)) for unit, (u_TI, _) in run
+            ]
             hessian.add(units, self.passes.pool)
             if drift is not None:
                 errors = [
@@ -104,7 +139,7 @@ class StageStatistics:
             ).to(a_BTD.device)
         else:
             weight_BT = torch.ones(sequences, tokens, device=a_BTD.device)
-        self.token_weights[unit] = importance.rounded(weight_BT).reshape(-1)
+        self.token_weights.put(unit, importance.rounded(weight_BT))
 
 
 def drift_error(

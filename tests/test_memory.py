@@ -50,7 +50,8 @@ def child() -> None:
     folder, output, samples, ram = sys.argv[1:]
     options = options_for(Path(output))
     fields: dict[str, Any] = {"samples": int(samples), "sequence_length": TOKENS}
-    fields |= {"method": "quarot", "plan": PLAN}
+    fields |= {"method": "rsq", "plan": PLAN}
+    fields |= {"propagate": 0.5, "sweeps": 2, "refit": True}
     if ram == "least":
         plan, _ = plan_toy(Path(folder), **fields)
         checkpoint = open_toy(Path(folder))

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 import torch
 
-from rsq_stream.ops.heap import return_large_blocks
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -57,7 +55,6 @@ def single_threaded_products(
     workers: int, check: Callable[[], None] = lambda: None
 ) -> Iterator[Pool]:
     """Give a pool, with torch's own threading off until the end."""
-    return_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Pool(workers, check)
