@@ -136,6 +136,24 @@ class Codes:
             "0.5 for rsq, else 0",
         ),
     ] = None
+    propagate_override: Annotated[
+        list[str] | None,
+        value(
+            CODES,
+            "--propagate-override",
+            "PATTERN=A",
+            'Another share for some linears, such as "down_proj=0.3" or "*@0-3=0.7".',
+            "none",
+        ),
+    ] = None
+    residual_correction: Annotated[
+        bool,
+        flag(
+            CODES,
+            "--residual-correction/--no-residual-correction",
+            "With --propagate, o and down also make up for the residual's error.",
+        ),
+    ] = True
     act_order: Annotated[
         bool,
         flag(

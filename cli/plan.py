@@ -134,8 +134,13 @@ def _solver(plan: QuantizationPlan) -> str:
         parts.append("scales refitted")
     if plan.sweeps:
         parts.append(f"{plan.sweeps} sweeps of descent")
-    if plan.propagate:
+    if plan.streams > 1:
         parts.append(f"{plan.propagate:g} of earlier layers' error made up for")
+        own = sorted({line.rpartition("=")[2] for line in plan.propagate_overrides})
+        if own:
+            parts.append(f"of some linears {' or '.join(own)}")
+        if not plan.residual_correction:
+            parts.append("not of the residual's")
     return ", ".join(parts)
 
 

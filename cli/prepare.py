@@ -112,6 +112,7 @@ def settings_of(job: Job) -> "Settings":
     if job.signed_scales is None:
         given["signed_scales"] = job.symmetric
     given["bits"] = job.bits or (USUAL_BITS if job.bpw is None else LEAST_BITS)
+    given["propagate_overrides"] = tuple(job.propagate_override or ())
     given["overrides"] = tuple(job.override or ())
     if job.calibration not in DATA_SETS:
         given["calibration"] = "file"  # its windows are hashed; its path is not

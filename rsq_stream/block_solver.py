@@ -101,9 +101,10 @@ class BlockSolver:
             weight_OI = target_OI = self.weights.pop(linear)
             if order_I is not None:
                 target_OI = weight_OI[:, order_I]
-            if drift is not None:
+            share = self.plan.propagate_share(block_prefix(self.index) + linear)
+            if drift is not None and share > 0:
                 target_OI = target_OI + drift.correction(
-                    weight_OI, factor, self.plan.propagate, self.plan.tile_rows, pool
+                    weight_OI, factor, share, self.plan.tile_rows, pool
                 )
             solution = solve(
                 target_OI,

@@ -94,6 +94,10 @@ class QuantizationPlan:
     propagate: float
     """How much of the error of earlier layers a linear's targets make up for; 0 for
     none, and then no full-precision stream is carried."""
+    propagate_overrides: tuple[str, ...]
+    """Linears with a share of their own, sorted: ``NAME=A``."""
+    residual_correction: bool
+    """o and down also make up for the error of the residual they are added to."""
     cache_type: str
     """Type of stored activations: the source's."""
     compute_type: str
@@ -143,6 +147,7 @@ class QuantizationPlan:
         require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
         require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
         require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
+        _shares(self.propagate_overrides)
         require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
         require(
             0 <= self.importance_min <= self.importance_max,
@@ -200,7 +205,12 @@ class QuantizationPlan:
     @property
     def streams(self) -> int:
         """Streams of activations: the quantized, and the full-precision one beside."""
-        return 2 if self.propagate > 0 else 1
+        own = _shares(self.propagate_overrides).values()
+        return 2 if self.propagate > 0 or any(share > 0 for share in own) else 1
+
+    def propagate_share(self, linear: str) -> float:
+        """Give how much of earlier layers' error a linear makes up for."""
+        return _shares(self.propagate_overrides).get(linear, self.propagate)
 
     @property
     def needs_calibration(self) -> bool:
@@ -223,7 +233,8 @@ class QuantizationPlan:
             A field is out of bounds.
         """
         given = dict(fields)
-        given["overrides"] = tuple(given.get("overrides", ()))
+        for name in ("overrides", "propagate_overrides"):
+            given[name] = tuple(given.get(name, ()))
         return cls(**given)
 
     @property
@@ -254,6 +265,29 @@ class QuantizationPlan:
 @functools.lru_cache(maxsize=8)
 def _parsed(overrides: tuple[str, ...]) -> dict[str, Override]:
     return dict(parse_override(line) for line in overrides)
+
+
+@functools.lru_cache(maxsize=8)
+def _shares(overrides: tuple[str, ...]) -> dict[str, float]:
+    return dict(parse_share(line) for line in overrides)
+
+
+def parse_share(line: str) -> tuple[str, float]:
+    """Take ``PATTERN=A`` apart.
+
+    Raises
+    ------
+    UsageError
+        A is not a number from 0 to 1.
+    """
+    pattern, _, text = line.partition("=")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    wanted = "PATTERN=A with A from 0 to 1"
+    require(bool(pattern) and 0 <= share <= 1, "propagate-override", line, wanted)
+    return pattern, share
 
 
 def _one_of(names: tuple[str, ...]) -> str:

@@ -46,6 +46,7 @@ def measuring_plan(plan: QuantizationPlan) -> QuantizationPlan:
         bits=PROBE_BITS,
         overrides=(),
         propagate=0.0,
+        propagate_overrides=(),
         sweeps=0,
         refit=False,
         act_order=False,

@@ -155,7 +155,7 @@ def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     hessian = 4 * inputs * inputs if plan.needs_calibration else 0
     if plan.act_order:
         hessian *= 3  # the whole of it, and its columns in another order
-    if plan.propagate > 0:
+    if plan.streams > 1:
         width = architecture.width
         hessian += 4 * width * max(inputs, width)  # the drift of down, or of q, k, v
     outer = 2 * 4 * architecture.vocabulary * architecture.width

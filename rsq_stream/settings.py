@@ -12,11 +12,12 @@ import torch
 
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
-from rsq_stream.config import QuantizationPlan
+from rsq_stream.config import QuantizationPlan, parse_share
 from rsq_stream.errors import UsageError, require
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.ops.walsh import package_version
-from rsq_stream.schemes import HEAD_LINEAR, KEPT, Override, resolve
+from rsq_stream.patterns import resolve
+from rsq_stream.schemes import HEAD_LINEAR, KEPT, Override, parse_override
 from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
@@ -57,6 +58,9 @@ class Settings:
     sequence_length: int | None = None
     expand: int = 1
     propagate: float | None = None
+    propagate_overrides: tuple[str, ...] = ()
+    """``PATTERN=A``; the last that fits a linear wins."""
+    residual_correction: bool = True
     act_order: bool = False
     sweeps: int | None = None
     refit: bool | None = None
@@ -155,6 +159,8 @@ def make_plan(
         expand=settings.expand,
         seed=settings.seed,
         propagate=chosen(settings.propagate, PROPAGATE, 0.0),
+        propagate_overrides=own_shares(architecture, settings) if calibrated else (),
+        residual_correction=settings.residual_correction,
         cache_type=settings.cache_type or source_type,
         compute_type=source_type if cuda else "float32",
         unit_sequences=max(1, UNIT_TOKENS // length),
@@ -176,11 +182,7 @@ def own_schemes(
     UsageError
         A pattern fits nothing; or the head is named and is the embedding.
     """
-    names: dict[str, int | None] = {
-        block_prefix(block) + linear: block
-        for block in range(architecture.blocks)
-        for linear in LINEARS
-    }
+    names = _linears(architecture)
     lines = list(settings.overrides)
     if settings.head_bits != KEPT:
         require(
@@ -200,9 +202,33 @@ def own_schemes(
     usual = {HEAD_LINEAR: Override(KEPT)}
     return tuple(
         f"{name}={override}"
-        for name, override in sorted(resolve(lines, names).items())
+        for name, override in sorted(
+            resolve("override", map(parse_override, lines), names).items()
+        )
         if override != usual.get(name, Override(settings.bits))
     )
+
+
+def own_shares(architecture: Architecture, settings: Settings) -> tuple[str, ...]:
+    """Give the plan's lines for linears with a share of propagation of their own.
+
+    Raises
+    ------
+    UsageError
+        A pattern fits nothing, or its share is none.
+    """
+    given = map(parse_share, settings.propagate_overrides)
+    found = resolve("propagate-override", given, _linears(architecture))
+    return tuple(f"{name}={share}" for name, share in sorted(found.items()))
+
+
+def _linears(architecture: Architecture) -> dict[str, int | None]:
+    """Give each linear of the blocks with its block."""
+    return {
+        block_prefix(block) + linear: block
+        for block in range(architecture.blocks)
+        for linear in LINEARS
+    }
 
 
 def device_kind(device: torch.device) -> str:

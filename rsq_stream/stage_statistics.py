@@ -81,7 +81,7 @@ class StageStatistics:
         outputs, columns = self.streams[0].block.weight(first).shape
         hessian = Hessian(columns, plan.hessian_panel, device)
         drift, alone = None, None
-        if plan.propagate > 0:
+        if plan.streams > 1:
             # Linears that share their input share C - H; o and down have a G each.
             # The last stream holds the source's weights.
             source_OI = self.streams[-1].block.weight(first).float()
@@ -107,6 +107,8 @@ class StageStatistics:
             if drift is None:
                 return u_TI, None
             weight_T = self.token_weights.of_unit(unit)
+            if not plan.residual_correction:
+                made = [StageInput(stream.value_BTI) for stream in made]
             return u_TI, drift_error(made[0], made[1], weight_T, alone)
 
         slots = [stream.slot(number) for stream in self.streams]

@@ -32,7 +32,8 @@ HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 JOB_FLAGS = """
     --act-order --allow-device-change --asymmetric --batch --bits --calibration
     --clip-exponent --damping --device --expand --no-act-order --no-refit --refit
-    --sweeps --bpw --head-bits --override
+    --sweeps --propagate-override --residual-correction --no-residual-correction
+    --bpw --head-bits --override
     --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --keep-work --method --output --propagate --ram --restart
     --revision

@@ -41,6 +41,8 @@ PLAN: dict[str, Any] = {
     "expand": 1,
     "seed": 0,
     "propagate": 0.0,
+    "propagate_overrides": (),
+    "residual_correction": True,
     "cache_type": "float32",
     "compute_type": "float32",
     "unit_sequences": 2,
@@ -82,6 +84,8 @@ OTHER: dict[str, Any] = {
     "expand": 2,
     "seed": 1,
     "propagate": 0.5,
+    "propagate_overrides": ("x=0.5",),
+    "residual_correction": False,
     "cache_type": "bfloat16",
     "compute_type": "bfloat16",
     "unit_sequences": 3,
@@ -231,7 +235,7 @@ def test_settings_are_frozen_and_closed(made):
 def test_canonical_json_is_one_sorted_line_and_comes_back():
     text = plan().canonical_json()
     assert "\n" not in text
-    assert json.loads(text) == PLAN | {"overrides": []}
+    assert json.loads(text) == PLAN | {"overrides": [], "propagate_overrides": []}
     assert list(json.loads(text)) == sorted(FIELDS)
     assert QuantizationPlan.from_fields(json.loads(text)) == plan()
     # Neither the order of the arguments nor the way in changes it.

@@ -10,7 +10,8 @@ import torch
 from rsq_stream.errors import Interrupted, UsageError
 from rsq_stream.events import Event, StageStarted
 from rsq_stream.model.architecture import block_of
-from rsq_stream.schemes import Override, Scheme, parse_override, resolve
+from rsq_stream.patterns import resolve
+from rsq_stream.schemes import Override, Scheme, parse_override
 from rsq_stream.verify import verify
 from tests.test_rebuild import RUN, flip, goes_on, place_of, stopped
 from tests.test_resume import SMALL
@@ -78,18 +79,22 @@ def test_malformed_lines_are_refused(text: str) -> None:
     ],
 )
 def test_patterns(pattern: str, fitting: list[str]) -> None:
-    assert list(resolve([f"{pattern}=5"], NAMES)) == fitting
+    assert list(resolve("override", [(pattern, 5)], NAMES)) == fitting
 
 
 @pytest.mark.parametrize("pattern", ["downproj", "v_proj@3", "@1", "lm_head@0", "v@0-"])
 def test_a_pattern_that_fits_nothing_is_a_typo(pattern: str) -> None:
     with pytest.raises(UsageError, match="no linear of this model fits") as caught:
-        resolve([f"{pattern}=5"], NAMES)
+        resolve("override", [(pattern, 5)], NAMES)
     assert "there are q_proj, k_proj, v_proj, o_proj" in str(caught.value)
 
 
 def test_the_last_one_wins() -> None:
-    found = resolve(["*=3", "v_proj=16", "v_proj@1=4g64"], NAMES)
+    found = resolve(
+        "override",
+        map(parse_override, ["*=3", "v_proj=16", "v_proj@1=4g64"]),
+        NAMES,
+    )
     own = [found[f"model.layers.{n}.self_attn.v_proj"] for n in range(3)]
     assert own == [Override(16), Override(4, 64), Override(16)]
 

@@ -1,6 +1,8 @@
 """Targets that make up for earlier layers' error: the formula, and what it means."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor
 from rsq_stream.algorithm.factor import factorise
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.propagation import Drift, stream_error
+from rsq_stream.errors import UsageError
 from rsq_stream.ops.pool import Pool, single_threaded_products
+from tests.test_resume import RUN, SMALL
 from tests.textbook_solver import propagated
+from tests.toy import decoded_state, linear_names, plan_toy, run_toy, toy_checkpoint
 
 SIZES = [(1, 1, 1), (63, 5, 137), (200, 96, 40), (137, 63, 63)]
 """Tokens, outputs, inputs."""
@@ -107,3 +112,57 @@ def test_workers_change_no_bit(shared: bool) -> None:
             found.append(ours(given, pool, shared=shared, share=0.5, damping=0.01))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_checkpoint(tmp_path_factory.mktemp("shares") / "toy", **SMALL)
+
+
+def state(toy: Path, output: Path, **settings: Any) -> dict[str, Tensor]:
+    run_toy(toy, output, **RUN | settings)
+    return decoded_state(output)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Name the linears that two outputs have in common."""
+    weights = [(name, f"{name}.weight") for name in linear_names(2)]
+    return [name for name, key in weights if torch.equal(one[key], other[key])]
+
+
+def test_a_share_for_all_is_the_share(toy: Path, tmp_path: Path) -> None:
+    once = state(toy, tmp_path / "one", propagate=0.5)
+    own = {"propagate": 0.0, "propagate_overrides": ("*=0.5",)}
+    assert same(once, state(toy, tmp_path / "own", **own)) == linear_names(2)
+    none = {"propagate": 0.5, "propagate_overrides": ("*=0",)}
+    alone = state(toy, tmp_path / "alone", propagate=0.0)
+    assert same(alone, state(toy, tmp_path / "none", **none)) == linear_names(2)
+    # Before the first solved linear there is nothing to make up for.
+    assert same(once, alone) == linear_names(2)[:3]
+
+
+def test_shares_by_role_and_depth(toy: Path, tmp_path: Path) -> None:
+    once = state(toy, tmp_path / "one", propagate=0.5)
+    own = {"propagate": 0.5, "propagate_overrides": ("down_proj@1=0.25",)}
+    other = state(toy, tmp_path / "own", **own)
+    assert same(once, other) == linear_names(2)[:-1]
+
+
+def test_without_the_residual_only_down_and_what_follows_change(
+    toy: Path, tmp_path: Path
+) -> None:
+    once = state(toy, tmp_path / "one", propagate=0.5)
+    other = state(toy, tmp_path / "own", propagate=0.5, residual_correction=False)
+    # The first residual, that of block 0's o, has no error yet.
+    assert same(once, other) == linear_names(2)[:6]
+
+
+@pytest.mark.parametrize("line", ["x", "=0.5", "o_proj=1.5", "o_proj=-1", "o_proj=nan"])
+def test_shares_are_bounded(toy: Path, line: str) -> None:
+    with pytest.raises(UsageError, match=r"--propagate-override must be PATTERN=A"):
+        plan_toy(toy, propagate_overrides=(line,))
+
+
+def test_a_share_for_nothing_is_a_typo(toy: Path) -> None:
+    with pytest.raises(UsageError, match=r"--propagate-override up=0.0: no linear"):
+        plan_toy(toy, propagate_overrides=("up=0",))

@@ -1,0 +1,58 @@
+"""Options by pattern: ``PATTERN=VALUE`` for some linears; the last that fits wins.
+
+A pattern is a glob of the linear's full name, or of its end; ``@3`` and ``@0-3`` keep
+to blocks. The head is meant only by its own name.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from rsq_stream.errors import UsageError
+
+Value = TypeVar("Value")
+
+_PATTERN = re.compile(r"(?P<glob>[^@]+)(@(?P<first>\d{1,4})(-(?P<last>\d{1,4}))?)?")
+
+
+def resolve(
+    option: str,
+    given: Iterable[tuple[str, Value]],
+    names: Mapping[str, int | None],
+) -> dict[str, Value]:
+    """Give the value of each linear, by full name, that some pattern fits.
+
+    ``names`` gives each linear's block, None for the head.
+
+    Raises
+    ------
+    UsageError
+        A pattern fits no linear.
+    """
+    chosen: dict[str, Value] = {}
+    for pattern, value in given:
+        fitting = [name for name in names if _fits(pattern, name, names[name])]
+        if not fitting:
+            some = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise UsageError(
+                f"--{option} {pattern}={value}: no linear of this model fits {pattern};"
+                f" there are {some}"
+            )
+        chosen.update(dict.fromkeys(fitting, value))
+    return chosen
+
+
+def _fits(pattern: str, name: str, block: int | None) -> bool:
+    if block is None:
+        return pattern == name
+    found = _PATTERN.fullmatch(pattern)
+    if not found:
+        return False
+    if found["first"] is not None:
+        first = int(found["first"])
+        last = int(found["last"]) if found["last"] else first
+        if not first <= block <= last:
+            return False
+    globs = (found["glob"], f"*.{found['glob']}")
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
