@@ -8,49 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from .job_codes import Codes, flag, value
+from .job_importance import Importance
 from .options import PLACE, Device, Threads
 
 _TEXT = "Calibration"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Codes):
+class Job(Codes, Importance):
     """The options of ``quantize`` and ``plan``; None is a default found later."""
 
-    importance: Annotated[
-        str | None,
-        value(
-            _TEXT,
-            "--importance",
-            "attncon|first-n|uniform",
-            "How much each token counts.",
-            "attncon for rsq, else uniform",
-        ),
-    ] = None
-    importance_min: Annotated[
-        float | None,
-        value(
-            _TEXT,
-            "--importance-min",
-            "R",
-            "Weight of the least important token.",
-            "min(1, 20 / sequence length)",
-        ),
-    ] = None
-    importance_max: Annotated[
-        float,
-        value(_TEXT, "--importance-max", "R", "Weight of the most important token."),
-    ] = 1.0
-    importance_tokens: Annotated[
-        int | None,
-        value(
-            _TEXT,
-            "--importance-tokens",
-            "N",
-            "N of first-n.",
-            "a quarter of the window",
-        ),
-    ] = None
     calibration: Annotated[
         str,
         value(

@@ -86,10 +86,7 @@ def rows(made: Prepared) -> dict[str, str]:
             f"{plan.calibration}: {plan.samples} windows of {plan.sequence_length}"
             f" tokens{copies}"
         )
-        found["token importance"] = plan.importance
-        if plan.importance == "attncon":
-            low, high = plan.importance_min, plan.importance_max
-            found["token importance"] += f", {low:.4g} to {high:.4g}"
+        found["token importance"] = _importance(plan)
     found |= {
         "blocks": str(made.blocks),
         "source": exact_size(execution.source_bytes),
@@ -121,6 +118,27 @@ def _own_schemes(plan: QuantizationPlan) -> dict[str, str]:
         for kind, roles in sorted(found.items())
     )
     return {"their own": text} if text else {}
+
+
+def _importance(plan: QuantizationPlan) -> str:
+    """Say how tokens are weighed: the strategy and what is not as usual."""
+    parts = [plan.importance]
+    if plan.importance in ("first-n", "first-last-n"):
+        parts.append(f"{plan.importance_tokens} tokens")
+    elif plan.importance == "chunks":
+        parts.append(plan.importance_chunks)
+    elif plan.importance != "uniform":
+        parts.append(f"{plan.importance_min:.4g} to {plan.importance_max:.4g}")
+    usual = {"power": 1, "visible": "no", "transform": "no", "linears": ()}
+    for name in (
+        *("power", "visible", "transform", "quantile", "skip"),
+        *("mask", "truncate", "bins", "reverse", "linears"),
+    ):
+        given = getattr(plan, f"importance_{name}")
+        if given != usual.get(name, 0):
+            text = " ".join(given) if isinstance(given, tuple) else given
+            parts.append(f"{name} {text}")
+    return ", ".join(parts)
 
 
 def _solver(plan: QuantizationPlan) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 USUAL_BITS = 4
 LEAST_BITS = 2
 """Stands in a plan with ``--bpw`` until the bits are chosen."""
+_COUNTED = ("first-n", "first-last-n")
 ROTATIONS = ("portable", "none")
 
 
@@ -98,8 +99,11 @@ def settings_of(job: Job) -> "Settings":
         raise UsageError("--bpw chooses the bits: leave --bits out")
     if job.bpw is not None and job.method == "rtn":
         raise UsageError("--bpw measures on calibration text, which rtn does without")
-    if job.importance_tokens is not None and job.importance != "first-n":
-        raise UsageError("--importance-tokens needs --importance first-n")
+    if job.importance_tokens is not None and job.importance not in _COUNTED:
+        wanted = " or ".join(_COUNTED)
+        raise UsageError(f"--importance-tokens needs --importance {wanted}")
+    if job.importance_chunks and job.importance != "chunks":
+        raise UsageError("--importance-chunks needs --importance chunks")
 
     from rsq_stream.calibration import DATA_SETS
     from rsq_stream.settings import Settings
@@ -113,6 +117,7 @@ def settings_of(job: Job) -> "Settings":
         given["signed_scales"] = job.symmetric
     given["bits"] = job.bits or (USUAL_BITS if job.bpw is None else LEAST_BITS)
     given["propagate_overrides"] = tuple(job.propagate_override or ())
+    given["importance_linears"] = tuple(sorted(job.importance_linears or ()))
     given["overrides"] = tuple(job.override or ())
     if job.calibration not in DATA_SETS:
         given["calibration"] = "file"  # its windows are hashed; its path is not

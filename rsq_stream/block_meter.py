@@ -25,6 +25,7 @@ from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
 from rsq_stream.stage_statistics import StageStatistics
 from rsq_stream.streams import WRITES_H, Stream
+from rsq_stream.token_importance import TokenImportance
 
 BITS = (2, 3, 4, 5, 6, 8)
 PROBE_BITS = 3
@@ -47,13 +48,16 @@ class BlockMeter:
     """Stored type of each linear."""
     plan: QuantizationPlan
     passes: Passes
+    importance: TokenImportance
     _losses: dict[str, dict[int, float]] = field(default_factory=dict)
     _probes: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     """Rounded weights by linear, and their loss."""
 
     def run(self) -> Costs:
         """Measure all linears; the block's outputs are written as well."""
-        statistics = StageStatistics(self.index, [self.stream], self.plan, self.passes)
+        statistics = StageStatistics(
+            self.index, [self.stream], self.plan, self.passes, self.importance
+        )
         for number, stage in enumerate(STAGES):
             if number == WRITES_H:
                 self.stream.slots.h.renew()

@@ -28,6 +28,7 @@ from rsq_stream.stage_statistics import StageStatistics
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
+from rsq_stream.token_importance import TokenImportance, make_importance
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class BlockSetup:
     """What all blocks of a calibrated run have in common."""
 
     plan: QuantizationPlan
+    importance: TokenImportance
     family: Family
     config: PretrainedConfig
     rope: Rope
@@ -104,7 +106,9 @@ class BlockSetup:
             self.passes,
             keeper(index, self.plan, self.source, self.output),
             partial(progress.finish_stage, index),
-            StageStatistics(index, streams, self.plan, self.passes, known_BT),
+            StageStatistics(
+                index, streams, self.plan, self.passes, self.importance, known_BT
+            ),
         )
         return solver, done
 
@@ -120,8 +124,10 @@ def set_up(
     journal: Journal,
     passes: Passes,
     work_dir: Path,
+    windows: Windows,
 ) -> BlockSetup:
-    """Make what all blocks share: RoPE tables and activation slots."""
+    """Make what all blocks share: RoPE tables, activation slots, the importance."""
+    importance = make_importance(plan, windows)
     family = architecture.family
     config = layer_config(family, checkpoint.config)
     compute = getattr(torch, plan.compute_type)
@@ -129,7 +135,17 @@ def set_up(
     width, listener = architecture.width, passes.listener
     slots = RunSlots(plan, width, execution, work_dir, listener)
     return BlockSetup(
-        plan, family, config, rope, source, output, journal, slots, passes, work_dir
+        plan,
+        importance,
+        family,
+        config,
+        rope,
+        source,
+        output,
+        journal,
+        slots,
+        passes,
+        work_dir,
     )
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rsq_stream.errors import require
+from rsq_stream.errors import one_of, require
+from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.schemes import (
     GROUP_SIZES,
     HEAD_LINEAR,
@@ -26,7 +27,6 @@ MATHS_VERSION = 1
 """Raised whenever the same plan would give other bytes than before."""
 
 METHODS = ("rsq", "quarot", "gptq", "rtn")
-IMPORTANCES = ("attncon", "first-n", "uniform")
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 DEVICE_FIELDS = (
     "device_kind",
@@ -39,7 +39,7 @@ DEVICE_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizationPlan:
+class QuantizationPlan(ImportanceFields):
     """Everything that decides the output's bytes."""
 
     source_sha256: str
@@ -76,12 +76,6 @@ class QuantizationPlan:
     """R1, as ``Rotation.name`` gives it, or ``none``."""
     value_rotation: str
     """R2, per value head, or ``none``."""
-    importance: str
-    """One of ``IMPORTANCES``."""
-    importance_min: float
-    importance_max: float
-    importance_tokens: int
-    """N of ``first-n``; 0 elsewhere."""
     calibration: str
     """Name of the data set, or ``file``; ``none`` where the method needs none."""
     windows_sha256: str
@@ -118,7 +112,7 @@ class QuantizationPlan:
     """Processor and library versions that the bits depend on."""
 
     def __post_init__(self) -> None:
-        require(self.method in METHODS, "method", self.method, _one_of(METHODS))
+        require(self.method in METHODS, "method", self.method, one_of(METHODS))
         require(2 <= self.bits <= 8, "bits", self.bits, "2 to 8")
         sizes = ", ".join(map(str, GROUP_SIZES))
         require(self.group_size in GROUP_SIZES, "group-size", self.group_size, sizes)
@@ -130,12 +124,6 @@ class QuantizationPlan:
             "group-scales",
             self.group_scales,
             "dynamic or static",
-        )
-        require(
-            self.importance in IMPORTANCES,
-            "importance",
-            self.importance,
-            _one_of(IMPORTANCES),
         )
         require(1 <= self.clip_steps <= 99, "clip-steps", self.clip_steps, "1 to 99")
         require(
@@ -149,24 +137,12 @@ class QuantizationPlan:
         require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
         _shares(self.propagate_overrides)
         require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
-        require(
-            0 <= self.importance_min <= self.importance_max,
-            "importance-min",
-            self.importance_min,
-            f"0 to importance-max ({self.importance_max})",
-        )
-        require(
-            0 < self.importance_max < float("inf"),
-            "importance-max",
-            self.importance_max,
-            "above 0 and finite",
-        )
         for name in ("cache_type", "compute_type"):
             require(
                 getattr(self, name) in FLOAT_TYPES,
                 name.replace("_", "-"),
                 getattr(self, name),
-                _one_of(FLOAT_TYPES),
+                one_of(FLOAT_TYPES),
             )
         for name in ("unit_sequences", "hessian_panel", "tile_columns", "tile_rows"):
             size = getattr(self, name)
@@ -184,13 +160,7 @@ class QuantizationPlan:
             self.expand,
             f"1 to the sequence length ({self.sequence_length})",
         )
-        if self.importance == "first-n":
-            require(
-                1 <= self.importance_tokens <= self.sequence_length,
-                "importance-tokens",
-                self.importance_tokens,
-                f"1 to the sequence length ({self.sequence_length})",
-            )
+        self.check_importance(self.sequence_length)
 
     @property
     def sequences(self) -> int:
@@ -233,7 +203,7 @@ class QuantizationPlan:
             A field is out of bounds.
         """
         given = dict(fields)
-        for name in ("overrides", "propagate_overrides"):
+        for name in ("overrides", "propagate_overrides", "importance_linears"):
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
 
@@ -288,7 +258,3 @@ def parse_share(line: str) -> tuple[str, float]:
     wanted = "PATTERN=A with A from 0 to 1"
     require(bool(pattern) and 0 <= share <= 1, "propagate-override", line, wanted)
     return pattern, share
-
-
-def _one_of(names: tuple[str, ...]) -> str:
-    return "one of " + ", ".join(names)

@@ -93,3 +93,8 @@ def require(holds: bool, option: str, got: object, wanted: str) -> None:
     """
     if not holds:
         raise UsageError(f"--{option} must be {wanted}, not {got}")
+
+
+def one_of(names: tuple[str, ...]) -> str:
+    """Say what a setting may be."""
+    return "one of " + ", ".join(names)

@@ -34,6 +34,7 @@ from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import MEASURED, RunFolder
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
+from rsq_stream.token_importance import make_importance
 
 
 def measuring_plan(plan: QuantizationPlan) -> QuantizationPlan:
@@ -86,9 +87,12 @@ def measure(
         while True:
             try:
                 journal = folder.open_journal(plan.canonical_json(), plan.sha256)
-                run = _Run(checkpoint, plan, execution, options, journal, passes, place)
+                run = _Run(
+                    *(checkpoint, plan, execution, options),
+                    *(journal, passes, place, windows),
+                )
                 try:
-                    return run.costs(windows)
+                    return run.costs()
                 finally:
                     run.close()
                     if run.done:
@@ -111,10 +115,13 @@ class _Run:
         journal: Journal,
         passes: Passes,
         place: Path,
+        windows: Windows,
     ) -> None:
         where = checkpoint.files.where
         self._architecture: Architecture = read_architecture(checkpoint.config, where)
         self._plan, self._journal, self._passes = plan, journal, passes
+        self._windows = windows
+        self._importance = make_importance(plan, windows)
         self._identity = SourceIdentity(checkpoint, journal, passes.check)
         device = torch.device(options.device)
         self._source = Source(
@@ -132,7 +139,7 @@ class _Run:
         """Whether all blocks are measured."""
         return self._journal.last_block() == self._architecture.blocks - 1
 
-    def costs(self, windows: Windows) -> Costs:
+    def costs(self) -> Costs:
         """Measure the blocks that are left; gives the costs of all linears."""
         last = self._journal.last_block()
         blocks, tokens = self._architecture.blocks, self._plan.sequences
@@ -149,7 +156,7 @@ class _Run:
         self._journal.put({"blocks": str(blocks)})
         if last is None:
             slots = self._slots.inputs_of(0)
-            embed(slots, windows, self._source.embedding(), self._passes.check)
+            embed(slots, self._windows, self._source.embedding(), self._passes.check)
             self._commit(-1, 0.0, {})
         else:
             for slot in self._slots.inputs_of(first):
@@ -180,7 +187,11 @@ class _Run:
         block = Block(family, self._config, index, cast, rope)
         stream = Stream(block, slots, self._plan)
         types = self._source.linear_types(index)
-        return BlockMeter(index, stream, weights, types, self._plan, self._passes).run()
+        plan, passes = self._plan, self._passes
+        meter = BlockMeter(
+            index, stream, weights, types, plan, passes, self._importance
+        )
+        return meter.run()
 
     def _commit(self, index: int, seconds: float, costs: Costs) -> None:
         slots = self._slots.inputs_of(index + 1)

@@ -153,6 +153,7 @@ class _Run:
         self._outer = Outer(self._source, plan, passes.pool)
         self._setup = None
         if plan.needs_calibration:
+            assert windows is not None
             self._setup = set_up(
                 checkpoint,
                 self.architecture,
@@ -164,6 +165,7 @@ class _Run:
                 journal,
                 passes,
                 options.work_dir,
+                windows,
             )
         self._rebuilder = Rebuilder(
             journal,

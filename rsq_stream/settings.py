@@ -31,6 +31,22 @@ PROPAGATE, SWEEPS, REFIT = 0.5, 2, True
 benchmarks/RESULTS.md."""
 
 
+_PASSED_ON = (
+    "importance_chunks",
+    "importance_power",
+    "importance_visible",
+    "importance_transform",
+    "importance_quantile",
+    "importance_skip",
+    "importance_mask",
+    "importance_truncate",
+    "importance_bins",
+    "importance_reverse",
+    "importance_linears",
+)
+"""Settings that a plan has as they are given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The options of ``quantize`` and ``plan`` that decide bytes; None is a default."""
@@ -53,6 +69,18 @@ class Settings:
     importance_min: float | None = None
     importance_max: float = 1.0
     importance_tokens: int | None = None
+    """By default a quarter of the window of ``first-n``, an eighth at each end."""
+    importance_chunks: str = ""
+    importance_power: int = 1
+    importance_visible: str = "no"
+    importance_transform: str = "no"
+    importance_quantile: float = 0.0
+    importance_skip: int = 0
+    importance_mask: float = 0.0
+    importance_truncate: float = 0.0
+    importance_bins: int = 0
+    importance_reverse: bool = False
+    importance_linears: tuple[str, ...] = ()
     calibration: str = "wikitext2"
     samples: int = 256
     sequence_length: int | None = None
@@ -106,8 +134,9 @@ def make_plan(
         "attncon" if settings.method == "rsq" else "uniform"
     )
     tokens = 0
-    if importance == "first-n":
-        tokens = settings.importance_tokens or max(1, length // 4)
+    if importance in ("first-n", "first-last-n"):
+        part = 4 if importance == "first-n" else 8
+        tokens = settings.importance_tokens or max(1, length // part)
     minimum = settings.importance_min
     if minimum is None:
         # RSQ's best r_min times the sequence length is about 20 wherever the
@@ -152,6 +181,7 @@ def make_plan(
         importance_min=minimum,
         importance_max=settings.importance_max,
         importance_tokens=tokens,
+        **{name: getattr(settings, name) for name in _PASSED_ON},
         calibration=calibration if calibrated else "none",
         windows_sha256=windows.sha256 if windows and calibrated else "",
         samples=settings.samples,

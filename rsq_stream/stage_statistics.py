@@ -4,19 +4,20 @@ The Hessian of the stage's input, in the first stage the tokens' importance too,
 with two streams the drift between them.
 """
 
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm import importance
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.propagation import Drift, stream_error
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.model.architecture import STAGES
 from rsq_stream.passes import Passes, flat, require_finite
 from rsq_stream.streams import StageInput, Stream
+from rsq_stream.token_importance import TokenImportance
 
 
 class TokenWeights:
@@ -53,6 +54,7 @@ class StageStatistics:
     """The quantized stream; with error propagation the full-precision one too."""
     plan: QuantizationPlan
     passes: Passes
+    importance: TokenImportance
     known_BT: InitVar[Tensor | None] = None
     """Token weights of a first stage that is done already."""
     token_weights: TokenWeights = field(init=False)
@@ -69,7 +71,7 @@ class StageStatistics:
         """Give the tokens' weights alone; q and k must be those of the source."""
 
         def one(unit: int, x_BTD: Tensor) -> None:
-            self._weigh(unit, self.streams[0].stage_input(0, unit, x_BTD))
+            self._weigh(unit, x_BTD, self.streams[0].stage_input(0, unit, x_BTD))
 
         self.streams[0].each(self.passes, self.index, "token weights", one)
         return self.token_weights
@@ -81,6 +83,7 @@ class StageStatistics:
         outputs, columns = self.streams[0].block.weight(first).shape
         hessian = Hessian(columns, plan.hessian_panel, device)
         drift, alone = None, None
+        weight = self._stage_weight(first)
         if plan.streams > 1:
             # Linears that share their input share C - H; o and down have a G each.
             # The last stream holds the source's weights.
@@ -99,23 +102,20 @@ class StageStatistics:
                 for stream, x_BTD in zip(self.streams, read, strict=True)
             ]
             if number == 0:
-                self._weigh(unit, made[0])
+                self._weigh(unit, read[0], made[0])
             sequence = unit * plan.unit_sequences
             u_TI = flat(
                 require_finite(made[0].value_BTI, self.index, stage.name, sequence)
             )
             if drift is None:
                 return u_TI, None
-            weight_T = self.token_weights.of_unit(unit)
             if not plan.residual_correction:
                 made = [StageInput(stream.value_BTI) for stream in made]
-            return u_TI, drift_error(made[0], made[1], weight_T, alone)
+            return u_TI, drift_error(made[0], made[1], weight(unit), alone)
 
         slots = [stream.slot(number) for stream in self.streams]
         for run in self.passes.over(slots, self.index, stage.name, one):
-            units = [
-                (u_TI, self.token_weights.of_unit(unit)) for unit, (u_TI, _) in run
-            ]
+            units = [(u_TI, weight(unit)) for unit, (u_TI, _) in run]
             hessian.add(units, self.passes.pool)
             if drift is not None:
                 errors = [
@@ -124,24 +124,18 @@ class StageStatistics:
                 drift.add(errors, self.passes.pool)
         return hessian, drift
 
-    def _weigh(self, unit: int, attention_in: StageInput) -> None:
+    def _stage_weight(self, linear: str) -> Callable[[int], Tensor]:
+        """Give what weighs a unit's tokens: all alike, if the linear is left out."""
+        if self.plan.weighs(linear):
+            return self.token_weights.of_unit
+        return lambda unit: torch.ones_like(self.token_weights.of_unit(unit))
+
+    def _weigh(self, unit: int, x_BTD: Tensor, attention_in: StageInput) -> None:
         """Keep the importance of a unit's tokens, once per block."""
-        a_BTD, plan = attention_in.value_BTI, self.plan
-        sequences, tokens = a_BTD.shape[:2]
-        if plan.importance == "attncon":
-            sums_BT = self.streams[0].block.column_sums(a_BTD)
-            score_BT = importance.attention_concentration(sums_BT)
-            spread_BT = importance.affine(
-                score_BT, plan.importance_min, plan.importance_max
-            )
-            weight_BT = importance.mean_one(spread_BT)
-        elif plan.importance == "first-n":
-            weight_BT = importance.first_tokens(
-                sequences, tokens, plan.importance_tokens
-            ).to(a_BTD.device)
-        else:
-            weight_BT = torch.ones(sequences, tokens, device=a_BTD.device)
-        self.token_weights.put(unit, importance.rounded(weight_BT))
+        block = self.streams[0].block
+        x_BTD = x_BTD.to(attention_in.value_BTI)
+        weight_BT = self.importance.weights(unit, block, x_BTD, attention_in.value_BTI)
+        self.token_weights.put(unit, weight_BT)
 
 
 def drift_error(

@@ -35,7 +35,10 @@ JOB_FLAGS = """
     --sweeps --propagate-override --residual-correction --no-residual-correction
     --bpw --head-bits --override
     --group-scales --group-size --importance --importance-max --importance-min
-    --importance-tokens --keep-work --method --output --propagate --ram --restart
+    --importance-tokens --importance-chunks --importance-power --importance-visible
+    --importance-transform --importance-quantile --importance-skip --importance-mask
+    --importance-truncate --importance-bins --importance-reverse --importance-linears
+    --keep-work --method --output --propagate --ram --restart
     --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
     --threads --unsigned-scales --work-dir
@@ -164,7 +167,7 @@ def test_a_file_leaves_no_path_in_the_plan() -> None:
         (Job(rotation="full"), "--rotation must be portable or none, not full"),
         (Job(sequence_length=0), "--sequence-length must be 2 or more, not 0"),
         (Job(symmetric=False, signed_scales=True), "--signed-scales needs --symmetric"),
-        (Job(importance_tokens=9), "--importance-tokens needs --importance first-n"),
+        (Job(importance_tokens=9), "--importance-tokens needs --importance first-n or"),
     ],
 )
 def test_options_that_make_no_sense(job: Any, message: str) -> None:

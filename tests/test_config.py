@@ -11,9 +11,25 @@ import pytest
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import RsqError, UsageError
 from rsq_stream.execution import RunOptions
+from rsq_stream.importance_fields import IMPORTANCES, ROLES
 from rsq_stream.schemes import GROUP_SIZES, Scheme
 
 PLAN: dict[str, Any] = {
+    "importance": "attncon",
+    "importance_min": 0.005,
+    "importance_max": 1.0,
+    "importance_tokens": 0,
+    "importance_chunks": "",
+    "importance_power": 1,
+    "importance_visible": "no",
+    "importance_transform": "no",
+    "importance_quantile": 0.0,
+    "importance_skip": 0,
+    "importance_mask": 0.0,
+    "importance_truncate": 0.0,
+    "importance_bins": 0,
+    "importance_reverse": False,
+    "importance_linears": (),
     "source_sha256": "0" * 64,
     "method": "rsq",
     "bits": 3,
@@ -30,10 +46,6 @@ PLAN: dict[str, Any] = {
     "damping": 0.01,
     "residual_rotation": "hadamard-96",
     "value_rotation": "hadamard-16",
-    "importance": "attncon",
-    "importance_min": 0.005,
-    "importance_max": 1.0,
-    "importance_tokens": 0,
     "calibration": "file",
     "windows_sha256": "1" * 64,
     "samples": 5,
@@ -57,6 +69,21 @@ PLAN: dict[str, Any] = {
 """A plan with a value for each field; other tests change what they are about."""
 
 OTHER: dict[str, Any] = {
+    "importance": "uniform",
+    "importance_min": 0.0,
+    "importance_max": 2.0,
+    "importance_tokens": 1,
+    "importance_chunks": "0/2",
+    "importance_power": 2,
+    "importance_visible": "root",
+    "importance_transform": "log",
+    "importance_quantile": 0.1,
+    "importance_skip": 1,
+    "importance_mask": 0.1,
+    "importance_truncate": 0.1,
+    "importance_bins": 4,
+    "importance_reverse": True,
+    "importance_linears": ("down_proj",),
     "source_sha256": "2" * 64,
     "method": "gptq",
     "bits": 4,
@@ -73,10 +100,6 @@ OTHER: dict[str, Any] = {
     "damping": 0.1,
     "residual_rotation": "none",
     "value_rotation": "none",
-    "importance": "uniform",
-    "importance_min": 0.0,
-    "importance_max": 2.0,
-    "importance_tokens": 1,
     "calibration": "c4",
     "windows_sha256": "3" * 64,
     "samples": 6,
@@ -113,6 +136,8 @@ def test_tables_name_each_field():
     assert list(OTHER) == FIELDS
 
 
+CHUNKS = "C,C,.../T with C below T and T at most 63, such as 0,7/8"
+TOGETHER = "all or none of q_proj, k_proj, v_proj: they share a Hessian"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"method": "awq"},
@@ -128,7 +153,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"importance": "last-n"},
-        "--importance must be one of attncon, first-n, uniform, not last-n",
+        f"--importance must be one of {', '.join(IMPORTANCES)}, not last-n",
     ),
     ({"damping": 0.0}, "--damping must be above 0, at most 1, not 0.0"),
     ({"damping": 1.01}, "--damping must be above 0, at most 1, not 1.01"),
@@ -160,6 +185,45 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"importance": "first-n", "importance_tokens": 64},
         "--importance-tokens must be 1 to the sequence length (63), not 64",
+    ),
+    (
+        {"importance": "first-last-n", "importance_tokens": 0},
+        "--importance-tokens must be 1 to the sequence length (63), not 0",
+    ),
+    ({"importance_power": 3}, "--importance-power must be 1 or 2, not 3"),
+    (
+        {"importance_visible": "all"},
+        "--importance-visible must be one of no, linear, root, not all",
+    ),
+    (
+        {"importance_transform": "sqrt"},
+        "--importance-transform must be one of no, log, rank, not sqrt",
+    ),
+    (
+        {"importance_quantile": 0.5},
+        "--importance-quantile must be 0 to less than 0.5, not 0.5",
+    ),
+    ({"importance_mask": 1.0}, "--importance-mask must be 0 to less than 1, not 1.0"),
+    (
+        {"importance_truncate": -0.1},
+        "--importance-truncate must be 0 to less than 1, not -0.1",
+    ),
+    ({"importance_skip": 63}, "--importance-skip must be 0 to 62, not 63"),
+    ({"importance_bins": 1}, "--importance-bins must be 2 or more, or 0, not 1"),
+    (
+        {"importance_linears": ("down",)},
+        f"--importance-linears must be one of {', '.join(ROLES)}, not down",
+    ),
+    (
+        {"importance_linears": ("k_proj", "q_proj")},
+        f"--importance-linears must be {TOGETHER}, not k_proj q_proj",
+    ),
+    *(
+        (
+            {"importance": "chunks", "importance_chunks": text},
+            f"--importance-chunks must be {CHUNKS}, not {text or 'nothing'}",
+        )
+        for text in ("", "0", "8/8", "0/64", "-1/8", "0,/8", "/8", "0/0", "1.5/8")
     ),
 ]
 
@@ -235,7 +299,11 @@ def test_settings_are_frozen_and_closed(made):
 def test_canonical_json_is_one_sorted_line_and_comes_back():
     text = plan().canonical_json()
     assert "\n" not in text
-    assert json.loads(text) == PLAN | {"overrides": [], "propagate_overrides": []}
+    assert json.loads(text) == PLAN | {
+        "overrides": [],
+        "propagate_overrides": [],
+        "importance_linears": [],
+    }
     assert list(json.loads(text)) == sorted(FIELDS)
     assert QuantizationPlan.from_fields(json.loads(text)) == plan()
     # Neither the order of the arguments nor the way in changes it.

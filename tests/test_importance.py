@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.importance import (
+    Weighting,
     affine,
-    attention_concentration,
-    first_tokens,
+    chosen_tokens,
     mean_one,
     rounded,
 )
@@ -91,17 +91,15 @@ def test_mean_is_one(sequences, tokens, device):
     assert float((means_B - 1).abs().max()) <= 4 * ULP
 
 
-@pytest.mark.parametrize("count", [1, 62, 63, 64, 500])
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_first_tokens(sequences, count):
-    weight_BT = first_tokens(sequences, 63, count)
+def test_chosen_tokens(sequences):
+    weight_BT = chosen_tokens(sequences, 63, [(0, 5), (60, 63)])
     assert weight_BT.dtype == torch.float32
     assert weight_BT.is_contiguous()
-    kept = min(count, 63)
-    assert weight_BT.tolist() == [[1.0] * kept + [0.0] * (63 - kept)] * sequences
-    # With mean one, that is all the weight on the first tokens.
-    expected = torch.tensor(63 / kept).expand(sequences, kept)
-    torch.testing.assert_close(mean_one(weight_BT)[:, :kept], expected)
+    assert weight_BT.tolist() == [[1.0] * 5 + [0.0] * 55 + [1.0] * 3] * sequences
+    # With mean one, that is all the weight on the tokens that were chosen.
+    expected = torch.tensor(63 / 8).expand(sequences, 5)
+    torch.testing.assert_close(mean_one(weight_BT)[:, :5], expected)
 
 
 @each_device
@@ -115,18 +113,13 @@ def test_rounded_is_bfloat16(device):
     assert 0 < float(error_BT.max()) <= 2.0**-8
 
 
-def test_score_is_the_attention_received():
-    sums_BT = random_scores(3, 137)
-    assert torch.equal(attention_concentration(sums_BT), sums_BT)
-
-
 @each_device
 @pytest.mark.parametrize(("minimum", "maximum"), [(0.005, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize("tokens", [2, 63, 137])
 def test_weights_are_those_of_the_textbook(tokens, minimum, maximum, device):
     sums_BT = random_scores(3, tokens)
-    score_BT = attention_concentration(sums_BT.to(device))
-    found_BT = rounded(mean_one(affine(score_BT, minimum, maximum))).cpu().double()
+    weighting = Weighting(minimum=minimum, maximum=maximum)
+    found_BT = weighting.weights(sums_BT.to(device)).cpu().double()
     expected_BT = token_weights(sums_BT, minimum, maximum)
     # A weight half way between two bfloat16 may fall to either side.
     torch.testing.assert_close(found_BT, expected_BT, rtol=2.0**-7, atol=0)

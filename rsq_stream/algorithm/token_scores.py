@@ -1,0 +1,77 @@
+"""Raw importance of tokens: what each strategy sees in them, ``[B, T]``.
+
+Of the paper (RSQ, arXiv 2503.01820, section 4) and its code: attention received
+(``ops/column_sums.py``), norms, change through the block, distance from the other
+tokens or from clusters of them, rarity. Larger is more important. All are functions of
+what one sequence's tokens are at the input (or output) of a block.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CLUSTERS = 100
+CLUSTER_STEPS = 30
+
+
+def norm(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+    """Score tokens by their Euclidean norm (ActNorm)."""
+    norm_BT: Tensor = torch.linalg.vector_norm(x_BTD.float(), dim=-1)
+    return norm_BT
+
+
+def steadiness(
+    x_BTD: Float[Tensor, "B T D"], output_BTD: Float[Tensor, "B T D"]
+) -> Float[Tensor, "B T"]:
+    """Score tokens by how little the block changes them (ActDiff)."""
+    return -norm(output_BTD.float() - x_BTD.float())
+
+
+def dissimilarity(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+    """Score tokens by their mean squared distance from all others (TokenSim).
+
+    mean over k of |x_j - x_k|^2 = |x_j - m|^2 + mean over k of |x_k - m|^2, m the mean
+    of the sequence: no T x T product, and no cancellation.
+    """
+    x_BTD = x_BTD.float()
+    square_BT = (x_BTD - x_BTD.mean(1, keepdim=True)).square().sum(-1)
+    return square_BT + square_BT.mean(1, keepdim=True)
+
+
+def rarity(
+    token_BT: Int[Tensor, "B T"], count_V: Int[Tensor, "V"]
+) -> Float[Tensor, "B T"]:
+    """Score tokens by how seldom they are in the calibration set (TokenFreq)."""
+    return -count_V[token_BT].float()
+
+
+def cluster_distance(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+    """Score tokens by their distance from the nearest of 100 k-means centres.
+
+    There is a centre for 8 tokens at most. The centres start as tokens evenly spread
+    over the sequence, so that the answer is always the same; a centre that loses all
+    tokens stays where it is.
+    """
+    return torch.stack([_cluster_distance(x_TD.float()) for x_TD in x_BTD])
+
+
+def _cluster_distance(x_TD: Tensor) -> Tensor:
+    tokens = x_TD.shape[0]
+    count = max(1, min(CLUSTERS, tokens // 8))
+    start_C = torch.arange(count, device=x_TD.device) * tokens // count
+    centre_CD = x_TD[start_C].clone()
+    for _ in range(CLUSTER_STEPS):
+        # One product per step, not a sum of scattered rows: the same bits each time.
+        member_TC = torch.nn.functional.one_hot(
+            _distances(x_TD, centre_CD).argmin(1), count
+        ).float()
+        size_C = member_TC.sum(0)
+        mean_CD = (member_TC.T @ x_TD) / size_C.clamp(min=1)[:, None]
+        centre_CD = torch.where(size_C[:, None] > 0, mean_CD, centre_CD)
+    return _distances(x_TD, centre_CD).amin(1)
+
+
+def _distances(x_TD: Tensor, centre_CD: Tensor) -> Tensor:
+    # Not by products: beside a sink, the differences of the others would cancel.
+    exactly = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x_TD, centre_CD, compute_mode=exactly)
