@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import typer
+
 from .job_codes import Codes, flag, value
 from .job_importance import Importance
 from .options import PLACE, Device, Threads
+from .presets import with_preset
 
 _TEXT = "Calibration"
 
@@ -114,12 +117,19 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
         if name != "job"
     ]
 
-    def spread(**given: Any) -> None:
-        job = Job(**{option.name: given.pop(option.name) for option in options})
-        command(job=job, **given)
+    def spread(context: Any, **given: Any) -> None:
+        def is_given(name: str) -> bool:
+            source = context.get_parameter_source(name)
+            return source is not None and source.name != "DEFAULT"
+
+        chosen = {option.name: given.pop(option.name) for option in options}
+        command(job=Job(**with_preset(chosen, is_given)), **given)
 
     spread.__name__, spread.__doc__ = command.__name__, command.__doc__
-    parameters = [*own[:1], *options, *own[1:]]
+    context = inspect.Parameter(
+        "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+    )
+    parameters = [*own[:1], *options, *own[1:], context]
     spread.__annotations__ = {made.name: made.annotation for made in parameters}
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return spread

@@ -24,6 +24,17 @@ def flag(panel: str, name: str, text: str, default: Any = True) -> Any:
 class Codes:
     """The options that say how weights become codes; None is a default found later."""
 
+    preset: Annotated[
+        str | None,
+        value(
+            CODES,
+            "--preset",
+            "rsq-paper",
+            "The paper's choices: 3 bits, a scale a row, 256 windows, one stream, what"
+            " rotation can be folded; options beside it win.",
+            "none",
+        ),
+    ] = None
     bits: Annotated[
         int | None,
         value(CODES, "--bits", "2..8", "Bits per code.", "4, or as --bpw has it"),

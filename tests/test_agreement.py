@@ -4,12 +4,14 @@ The textbook holds the whole model in float64, inverts Hessians and materialises
 attention; perplexities on a trained model must agree within 0.5 %.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pytest
 import torch
+from rsq_stream.cli.presets import PRESETS
 from transformers import AutoModelForCausalLM
 
 from rsq_stream.algorithm.rotation import make_rotation
@@ -24,6 +26,7 @@ from rsq_stream.storage.shards import Checkpoint
 from tests import textbook
 
 SAMPLES, LENGTH = 24, 256
+SIZES = {"samples": SAMPLES, "sequence_length": LENGTH}
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +46,31 @@ def one_thread() -> Iterator[None]:
 def test_perplexity_agrees_with_the_textbook(
     shared: Path,
     tmp_path: Path,
-    method: Literal["gptq", "quarot", "rsq"],
+    method: str,
     propagate: float,
     bits: int,
     group_size: int,
 ) -> None:
+    chosen: dict[str, Any] = {"method": method, "propagate": propagate}
+    chosen |= {"bits": bits, "group_size": group_size, "sweeps": 0, "refit": False}
+    ours, theirs = perplexities(shared, tmp_path, Settings(**chosen | SIZES))
+    assert ours == pytest.approx(theirs, rel=0.005)
+
+
+def test_the_papers_preset_agrees_with_the_textbook(
+    shared: Path, tmp_path: Path
+) -> None:
+    known = {field.name for field in dataclasses.fields(Settings)}
+    assert PRESETS["rsq-paper"].keys() <= known
+    settings = Settings(**PRESETS["rsq-paper"] | SIZES)
+    ours, theirs = perplexities(shared, tmp_path, settings)
+    assert ours == pytest.approx(theirs, rel=0.005)
+
+
+def perplexities(
+    shared: Path, tmp_path: Path, settings: Settings
+) -> tuple[float, float]:
+    """Give the perplexity of what we make, and of what the textbook makes."""
     folder = shared / "models" / "tinystories-656K"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)
     tokenizer = load_tokenizer(folder)
@@ -57,16 +80,6 @@ def test_perplexity_agrees_with_the_textbook(
     )
     checkpoint = Checkpoint(open_files(str(folder)))
     architecture = inspect_checkpoint(checkpoint)
-    settings = Settings(
-        method=method,
-        bits=bits,
-        group_size=group_size,
-        propagate=propagate,
-        sweeps=0,
-        refit=False,
-        samples=SAMPLES,
-        sequence_length=LENGTH,
-    )
     windows = Windows(window_BT, 1)
     plan = make_plan(checkpoint, architecture, settings, windows, torch.device("cpu"))
     options = RunOptions(output=tmp_path / "out", work_dir=tmp_path / "work")
@@ -80,16 +93,17 @@ def test_perplexity_agrees_with_the_textbook(
     textbook.quantize_model(
         model,
         window_BT,
-        method=method,
-        bits=bits,
-        group_size=group_size,
+        method=settings.method,
+        bits=settings.bits,
+        group_size=settings.group_size,
         q_DD=_dense(plan.residual_rotation, width, 0) if rotated else None,
         r_KK=_dense(plan.value_rotation, head, 2**32) if rotated else None,
         importance_min=plan.importance_min,
-        propagate=propagate,
+        propagate=plan.propagate,
+        signed=plan.signed_scales,
+        exponent=plan.clip_exponent,
     )
-    theirs = textbook.perplexity(model, judged_BT)
-    assert ours.perplexity == pytest.approx(theirs, rel=0.005)
+    return ours.perplexity, textbook.perplexity(model, judged_BT)
 
 
 def _dense(name: str, size: int, seed: int) -> torch.Tensor:

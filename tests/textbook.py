@@ -9,7 +9,7 @@ Heads, K wide each, D wide residual stream. Codes and zeros are whole float64.
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def quantize_model(
     model: Model,
     windows_BT: Tensor,
     *,
-    method: Literal["rtn", "gptq", "quarot", "rsq"],
+    method: str,
     bits: int,
     group_size: int,
     q_DD: Tensor | None = None,
