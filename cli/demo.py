@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rsq_stream.config import METHODS
-
 from .job import Job
 from .options import Debug, DemoBits, DemoOutput, DemoSamples, Json, Quiet
 from .prepare import open_checkpoint, pick_workers, prepare, tokenizer_of
 from .text import duration, remark, say, say_json, table
 
+METHODS = ("rtn", "gptq", "quarot", "rsq")
 _BITS = (3, 2)
 _GROUP_SIZES = {2: 64}
 """Group sizes by bits; one scale a row for all others."""
@@ -104,7 +103,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
         sample=sample,
     )
     for bits in all_bits:
-        for method in reversed(METHODS):
+        for method in METHODS:
             job = Job(
                 method=method,
                 bits=bits,

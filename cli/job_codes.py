@@ -79,8 +79,9 @@ class Codes:
         value(
             CODES,
             "--method",
-            "rsq|quarot|gptq|rtn",
-            "rsq: rotate, weigh tokens, GPTQ; quarot: rotate, GPTQ; rtn: round.",
+            "rsq|quarot|gptq|rtn|rotate",
+            "rsq: rotate, weigh tokens, GPTQ; quarot: rotate, GPTQ; rtn: round; rotate:"
+            " quantize nothing.",
         ),
     ] = "rsq"
     rotation: Annotated[

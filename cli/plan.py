@@ -74,9 +74,7 @@ def rows(made: Prepared) -> dict[str, str]:
         rotation = f"{rotation} (residual), {plan.value_rotation} (value heads)"
     found = {
         "method": plan.method,
-        "codes": f"{plan.bits} bits, {grid}",
-        **_own_schemes(plan),
-        "group size": group,
+        **_codes(plan, grid, group),
         "rotation": rotation,
     }
     if plan.needs_calibration:
@@ -103,6 +101,14 @@ def rows(made: Prepared) -> dict[str, str]:
         "plan": plan.sha256[:16],
     }
     return found
+
+
+def _codes(plan: QuantizationPlan, grid: str, group: str) -> dict[str, str]:
+    """Say how weights become codes; nothing where none does."""
+    if plan.method == "rotate":
+        return {}
+    codes = {"codes": f"{plan.bits} bits, {grid}"}
+    return codes | _own_schemes(plan) | {"group size": group}
 
 
 def _own_schemes(plan: QuantizationPlan) -> dict[str, str]:

@@ -97,8 +97,12 @@ def settings_of(job: Job) -> "Settings":
         raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
     if job.bpw is not None and job.bits is not None:
         raise UsageError("--bpw chooses the bits: leave --bits out")
-    if job.bpw is not None and job.method == "rtn":
-        raise UsageError("--bpw measures on calibration text, which rtn does without")
+    if job.bpw is not None and job.method in ("rtn", "rotate"):
+        raise UsageError(
+            f"--bpw measures on calibration text, which {job.method} does without"
+        )
+    if job.method == "rotate" and (job.bits or job.override or job.head_bits != 16):
+        raise UsageError("--method rotate quantizes nothing: leave bits out")
     if job.importance_tokens is not None and job.importance not in _COUNTED:
         wanted = " or ".join(_COUNTED)
         raise UsageError(f"--importance-tokens needs --importance {wanted}")
@@ -128,7 +132,8 @@ def run_options(model: str, job: Job, device: str, ram_bytes: int | None) -> Run
     """Take from the options what may change on resume."""
     name = Path(model).resolve().name
     kind = f"{job.bits or USUAL_BITS}bit" if job.bpw is None else f"{job.bpw:g}bpw"
-    output = job.output or Path(f"{name}-{job.method}-{kind}")
+    kind = "" if job.method == "rotate" else f"-{kind}"
+    output = job.output or Path(f"{name}-{job.method}{kind}")
     work_dir = job.work_dir or output.with_name(output.name + ".work")
     return RunOptions(
         output=output,

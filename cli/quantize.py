@@ -2,7 +2,10 @@
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from rsq_stream.events import LinearRecord
 
 from .bits import explained, with_bits
 from .findings import notices_of, warnings_of
@@ -83,17 +86,24 @@ def _report(
         return
     for text in notices:
         remark("notice", text)
-    errors = [record.relative_error for record in summary.records]
-    worst = max(summary.records, key=lambda record: record.relative_error)
     loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
     rows = {
         "output": str(summary.output),
         "size": exact_size(summary.output_bytes),
         "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
-        "relative error": f"median {statistics.median(errors):.4f},"
-        f" worst {worst.relative_error:.4f} ({worst.name})",
+        **_errors(summary.records),
         "time": duration(summary.seconds),
         "load it": f"{loader}  # transformers, compressed-tensors",
         "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
     }
     say(facts(rows))
+
+
+def _errors(records: Sequence[LinearRecord]) -> dict[str, str]:
+    """Say how much the linears lost; nothing where none was quantized."""
+    if not records:
+        return {}
+    median = statistics.median(record.relative_error for record in records)
+    worst = max(records, key=lambda record: record.relative_error)
+    text = f"median {median:.4f}, worst {worst.relative_error:.4f} ({worst.name})"
+    return {"relative error": text}

@@ -26,7 +26,8 @@ from rsq_stream.schemes import (
 MATHS_VERSION = 1
 """Raised whenever the same plan would give other bytes than before."""
 
-METHODS = ("rsq", "quarot", "gptq", "rtn")
+METHODS = ("rsq", "quarot", "gptq", "rtn", "rotate")
+"""``rotate`` quantizes nothing: it writes the rotated model in the source's type."""
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 DEVICE_FIELDS = (
     "device_kind",
@@ -185,7 +186,7 @@ class QuantizationPlan(ImportanceFields):
     @property
     def needs_calibration(self) -> bool:
         """Whether any activation is looked at."""
-        return self.method != "rtn"
+        return self.method not in ("rtn", "rotate")
 
     def canonical_json(self) -> str:
         """One line of JSON with sorted keys: what is hashed and stored."""
@@ -221,6 +222,8 @@ class QuantizationPlan(ImportanceFields):
 
         A group size that does not divide the inputs becomes -1, the whole row.
         """
+        if self.method == "rotate":
+            return None
         own = self.override(linear)
         if own is None:
             own = Override(KEPT if linear == HEAD_LINEAR else self.bits)

@@ -11,6 +11,7 @@ _METHODS = {
     "quarot": "GPTQ on rotated weights (QuaRot, weights only)",
     "gptq": "GPTQ",
     "rtn": "rounding to nearest",
+    "rotate": "none; the weights are rotated and otherwise as they were",
 }
 
 
@@ -32,18 +33,19 @@ def model_card(
             if made.group_size == -1 != plan.group_size
         }
     )
-    bits = sorted({made.bits for made in records}) or [plan.bits]
+    bits = sorted({made.bits for made in records})
     lines = [
         "---",
         "library_name: transformers",
         "tags: [quantized, compressed-tensors, rsq-stream]",
         "---",
-        f"# {architecture.family.causal_class}, {_span(bits)}-bit",
+        f"# {architecture.family.causal_class},"
+        + (f" {_span(bits)}-bit" if records else " rotated"),
         "",
-        "Quantized by rsq-stream.",
+        f"{'Quantized' if records else 'Made'} by rsq-stream.",
         "",
         f"- Method: {_METHODS[plan.method]}",
-        f"- Codes: {_span(bits)} bits, {grid}, {group}",
+        *([f"- Codes: {_span(bits)} bits, {grid}, {group}"] if records else []),
         f"- Size: {bits_per_weight:.2f} bits per weight over the whole model",
     ]
     if fallbacks:

@@ -122,7 +122,7 @@ def make_plan(
     UsageError
         A setting is out of bounds.
     """
-    rotated = settings.method in ("rsq", "quarot")
+    rotated = settings.method in ("rsq", "quarot", "rotate")
     if settings.rotation not in (None, "portable", "none"):
         raise UsageError(
             f"--rotation must be portable or none, not {settings.rotation}"
@@ -144,7 +144,7 @@ def make_plan(
         minimum = min(1.0, 20 / length) * settings.importance_max
     linear_type = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight").dtype
     source_type = str(linear_type).removeprefix("torch.")
-    calibrated = settings.method != "rtn"
+    calibrated = settings.method not in ("rtn", "rotate")
     ours = settings.method == "rsq"
 
     def chosen(given: Setting | None, usual: Setting, without: Setting) -> Setting:

@@ -108,6 +108,24 @@ def test_bpw_refuses_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rotate_quantizes_nothing(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    code, out, _ = run("quantize", MODEL, "--method", "rotate", "--output", output)
+    assert code == 0
+    assert "relative error" not in out
+    assert run("verify", output, "--against", MODEL)[0] == 0
+    assert run("inspect", output)[0] == 0
+    code, _, err = run("quantize", MODEL, "--method", "rotate", "--bits", "3")
+    assert (code, err[:34]) == (1, "error: --method rotate quantizes n")
+
+
+def test_all_linears_kept_is_no_error(run: Run, tmp_path: Path) -> None:
+    wanted = ("quantize", MODEL, *SMALL, "--override", "*=16")
+    code, out, _ = run(*wanted, "--output", tmp_path / "out")
+    assert code == 0
+    assert "relative error" not in out
+
+
 def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
     code, out, err = run(
         "quantize", MODEL, "--method", "rtn", "--output", tmp_path / "out", "--quiet"

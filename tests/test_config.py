@@ -141,7 +141,7 @@ TOGETHER = "all or none of q_proj, k_proj, v_proj: they share a Hessian"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"method": "awq"},
-        "--method must be one of rsq, quarot, gptq, rtn, not awq",
+        "--method must be one of rsq, quarot, gptq, rtn, rotate, not awq",
     ),
     ({"bits": 1}, "--bits must be 2 to 8, not 1"),
     ({"bits": 9}, "--bits must be 2 to 8, not 9"),

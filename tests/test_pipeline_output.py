@@ -21,6 +21,7 @@ from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.ops.pool import Pool
 from rsq_stream.packed_format import decode_linear
 from rsq_stream.schemes import Scheme
+from rsq_stream.verify import verify
 from tests.toy import (
     calm,
     contents,
@@ -105,8 +106,7 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
     transformers 5.23 takes the first group's scheme for all linears.
     """
     config = read_json(folder / "config.json")
-    schemes = schemes_of(config, config["num_hidden_layers"], "here")
-    assert schemes is not None
+    schemes = schemes_of(config, config["num_hidden_layers"], "here") or {}
     options = {}
     if any(scheme and not scheme.symmetric for scheme in schemes.values()):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
@@ -200,6 +200,20 @@ def test_many_bits_give_the_source_back(
     after = logits(plain_model(output, decoded_state(output)))
     signal, noise = before.square().mean(), (after - before).square().mean()
     assert 10 * torch.log10(signal / noise) > 30
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_rotate_alone_gives_the_source_back(tmp_path: Path, family: str) -> None:
+    source = toy_checkpoint(tmp_path / "toy", family=family, tied=True)
+    summary = run_toy(source, tmp_path / "out", method="rotate")
+    assert summary.records == ()
+    assert not verify(tmp_path / "out", open_toy(source)).problems
+    assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
+    before = logits(loaded(source, torch.float32))
+    after = logits(loaded(tmp_path / "out", torch.float32))
+    assert (after - before).abs().max() < 1e-4 * before.std()
+    embedding = [open_toy(f).read(EMBEDDING) for f in (source, tmp_path / "out")]
+    assert not torch.equal(*embedding)
 
 
 @pytest.mark.parametrize("tied", [False, True])
