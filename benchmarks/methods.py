@@ -26,39 +26,34 @@ import torch
 
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
 
+_PLAIN = {"propagate": 0.0, "sweeps": 0, "refit": False, "shrinkage": 0.0}
+_ALL = {"shrinkage": 0.0}
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {name: {"method": name} for name in ("rtn", "gptq", "quarot", "rsq")},
-    "defaults": {
-        "plain": {"propagate": 0.0, "sweeps": 0, "refit": False},
-        "default": {},
-    },
+    "defaults": {"plain": {**_PLAIN}, "default": {}},
     "solver": {
-        "rsq, one stream": {"propagate": 0.0, "sweeps": 0, "refit": False},
-        "+ refit": {"propagate": 0.0, "sweeps": 0, "refit": True},
-        "+ 2 sweeps": {"propagate": 0.0, "sweeps": 2, "refit": False},
-        "+ refit, 2 sweeps": {"propagate": 0.0, "sweeps": 2, "refit": True},
-        "+ act-order": {
-            "propagate": 0.0,
-            "sweeps": 0,
-            "refit": False,
-            "act_order": True,
-        },
-        "two streams": {"propagate": 0.5, "sweeps": 0, "refit": False},
-        "two streams + refit": {"propagate": 0.5, "sweeps": 0, "refit": True},
-        "two streams + 2 sweeps": {"propagate": 0.5, "sweeps": 2, "refit": False},
-        "two streams + refit, 2 sweeps (default)": {},
-        "default, propagate 0.35": {"propagate": 0.35},
-        "default, propagate 0.7": {"propagate": 0.7},
-        "default, propagate 1": {"propagate": 1.0},
-        "default, no residual correction": {"residual_correction": False},
-        "default, down_proj 0.25": {"propagate_override": ["down_proj=0.25"]},
-        "default, o_proj 0.75": {"propagate_override": ["o_proj=0.75"]},
-        "default, first half 0.75": {"propagate_override": ["*@0-1=0.75"]},
-        "default, last half 0.75": {"propagate_override": ["*@2-3=0.75"]},
-        "default, 4 sweeps": {"sweeps": 4},
-        "default, act-order": {"act_order": True},
-        "default, clip exponent 2.4": {"clip_exponent": 2.4},
-        "default, uniform tokens": {"importance": "uniform"},
+        "rsq, one stream": {**_PLAIN},
+        "+ refit": {**_PLAIN, "refit": True},
+        "+ 2 sweeps": {**_PLAIN, "sweeps": 2},
+        "+ refit, 2 sweeps": {**_PLAIN, "refit": True, "sweeps": 2},
+        "+ act-order": {**_PLAIN, "act_order": True},
+        "two streams": {**_PLAIN, "propagate": 0.5},
+        "two streams + refit": {**_PLAIN, "propagate": 0.5, "refit": True},
+        "two streams + 2 sweeps": {**_PLAIN, "propagate": 0.5, "sweeps": 2},
+        "all three": {**_ALL},
+        "all, propagate 0.35": {**_ALL, "propagate": 0.35},
+        "all, propagate 0.7": {**_ALL, "propagate": 0.7},
+        "all, propagate 1": {**_ALL, "propagate": 1.0},
+        "all, 4 sweeps": {**_ALL, "sweeps": 4},
+        "all, act-order": {**_ALL, "act_order": True},
+        "all, clip exponent 2.4": {**_ALL, "clip_exponent": 2.4},
+        "all, uniform tokens": {**_ALL, "importance": "uniform"},
+        "all, no residual correction": {**_ALL, "residual_correction": False},
+        "all, down_proj 0.25": {**_ALL, "propagate_override": ["down_proj=0.25"]},
+        "all, o_proj 0.75": {**_ALL, "propagate_override": ["o_proj=0.75"]},
+        "all, first half 0.75": {**_ALL, "propagate_override": ["*@0-1=0.75"]},
+        "all, last half 0.75": {**_ALL, "propagate_override": ["*@2-3=0.75"]},
+        "all, shrinkage 1 (default)": {},
     },
 }
 """Rows of a table: options of ``quantize`` by label."""
@@ -121,6 +116,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", default="", help="only those with this in their name")
     parser.add_argument("--bos", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -129,6 +125,8 @@ def main() -> None:
         given = [int(part) for part in setting.split(":")]
         wanted = {**_USUAL, **dict(zip(_USUAL, given, strict=False))}
         for label, chosen in TABLES[options.table].items():
+            if options.rows not in label:
+                continue
             seeds = 1 if chosen.get("method") == "rtn" else options.seeds
             labels.append((wanted, label, seeds))
             row = wanted | chosen

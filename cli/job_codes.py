@@ -138,6 +138,16 @@ class Codes:
             "Added to the Hessian's diagonal, as a share of its mean.",
         ),
     ] = 0.01
+    shrinkage: Annotated[
+        float | None,
+        value(
+            CODES,
+            "--shrinkage",
+            "C",
+            "Damping added for few tokens: C times the inputs per calibration token.",
+            "1 for rsq, else 0",
+        ),
+    ] = None
     propagate: Annotated[
         float | None,
         value(

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "signed_scales": False,
         "clip_exponent": 2.4,
         "damping": 0.01,
+        "shrinkage": 0.0,
         "importance": "attncon",
         "importance_min": 0.005,
         "importance_max": 1.0,

@@ -67,7 +67,8 @@ class BlockMeter:
             self.passes.check()
             pool, columns = self.passes.pool, self.plan.tile_columns
             try:
-                factor = factorise(hessian, self.plan.damping, columns, pool)
+                damping = self.plan.damping_for(hessian.matrix_II.shape[0])
+                factor = factorise(hessian, damping, columns, pool)
             except NumericalError as error:
                 where = f"block {self.index}, {stage.name}"
                 raise NumericalError(f"{where}: {error}") from error

@@ -93,7 +93,8 @@ class BlockSolver:
             if drift is not None:
                 drift.reorder(order_I)
         try:
-            factor = factorise(hessian, self.plan.damping, self.plan.tile_columns, pool)
+            damping = self.plan.damping_for(hessian.matrix_II.shape[0])
+            factor = factorise(hessian, damping, self.plan.tile_columns, pool)
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
             raise NumericalError(f"{where}: {error}") from error

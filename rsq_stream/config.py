@@ -73,6 +73,8 @@ class QuantizationPlan(ImportanceFields):
     """Scales are fitted to the codes again, by least squares in the Hessian's norm."""
     damping: float
     """Added to the Hessian's diagonal, as a share of its mean."""
+    shrinkage: float
+    """Damping added for each input per calibration token: few tokens say little."""
     residual_rotation: str
     """R1, as ``Rotation.name`` gives it, or ``none``."""
     value_rotation: str
@@ -135,6 +137,7 @@ class QuantizationPlan(ImportanceFields):
         )
         require(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
         require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
+        require(0 <= self.shrinkage <= 99, "shrinkage", self.shrinkage, "0 to 99")
         require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
         _shares(self.propagate_overrides)
         require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
@@ -178,6 +181,14 @@ class QuantizationPlan(ImportanceFields):
         """Streams of activations: the quantized, and the full-precision one beside."""
         own = _shares(self.propagate_overrides).values()
         return 2 if self.propagate > 0 or any(share > 0 for share in own) else 1
+
+    def damping_for(self, inputs: int) -> float:
+        """Give the damping of a Hessian of so many inputs, at most 1.
+
+        A sample covariance errs by about inputs / tokens. Rolled copies say little new.
+        """
+        tokens = self.samples * self.sequence_length
+        return min(1.0, self.damping + self.shrinkage * inputs / tokens)
 
     def propagate_share(self, linear: str) -> float:
         """Give how much of earlier layers' error a linear makes up for."""

@@ -26,7 +26,7 @@ Setting = TypeVar("Setting")
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096
 """Default sequence length, where the model was made for as much."""
-PROPAGATE, SWEEPS, REFIT = 0.5, 2, True
+PROPAGATE, SWEEPS, REFIT, SHRINKAGE = 0.5, 2, True, 1.0
 """Defaults of rsq, which other methods do without; how they were found is in
 benchmarks/RESULTS.md."""
 
@@ -63,6 +63,7 @@ class Settings:
     clip_exponent: float = 2.0
     clip_steps: int = 80
     damping: float = 0.01
+    shrinkage: float | None = None
     rotation: str | None = None
     """``portable`` or ``none``; by default what the method does."""
     importance: str | None = None
@@ -175,6 +176,7 @@ def make_plan(
         sweeps=chosen(settings.sweeps, SWEEPS, 0),
         refit=chosen(settings.refit, REFIT, False),
         damping=settings.damping,
+        shrinkage=chosen(settings.shrinkage, SHRINKAGE, 0.0),
         residual_rotation=rotation_name(architecture.width) if rotated else "none",
         value_rotation=rotation_name(architecture.head_width) if rotated else "none",
         importance=importance,

@@ -33,7 +33,7 @@ JOB_FLAGS = """
     --act-order --allow-device-change --asymmetric --batch --bits --calibration
     --clip-exponent --damping --device --expand --no-act-order --no-refit --refit
     --sweeps --propagate-override --residual-correction --no-residual-correction
-    --bpw --preset --head-bits --override
+    --bpw --shrinkage --preset --head-bits --override
     --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --importance-chunks --importance-power --importance-visible
     --importance-transform --importance-quantile --importance-skip --importance-mask

@@ -44,6 +44,7 @@ PLAN: dict[str, Any] = {
     "sweeps": 0,
     "refit": False,
     "damping": 0.01,
+    "shrinkage": 1.0,
     "residual_rotation": "hadamard-96",
     "value_rotation": "hadamard-16",
     "calibration": "file",
@@ -98,6 +99,7 @@ OTHER: dict[str, Any] = {
     "sweeps": 2,
     "refit": True,
     "damping": 0.1,
+    "shrinkage": 0.0,
     "residual_rotation": "none",
     "value_rotation": "none",
     "calibration": "c4",
@@ -348,6 +350,13 @@ def test_group_size_falls_back_to_the_row(group_size):
         divides = group_size != -1 and inputs % group_size == 0
         scheme = Scheme(3, group_size if divides else -1, symmetric=True)
         assert made.scheme("model.layers.0.mlp.down_proj", inputs) == scheme
+
+
+def test_damping_grows_with_the_inputs_per_token():
+    made = plan(damping=0.01, shrinkage=1.0, samples=10, sequence_length=50, expand=5)
+    assert made.damping_for(50) == pytest.approx(0.01 + 50 / 500)
+    assert made.damping_for(10_000) == 1.0
+    assert plan(damping=0.02, shrinkage=0.0).damping_for(10_000) == 0.02
 
 
 def test_only_rounding_needs_no_calibration():

@@ -49,6 +49,7 @@ SMALL_SETTINGS: dict[str, Any] = {
     "propagate": 0.0,
     "sweeps": 0,
     "refit": False,
+    "shrinkage": 0.0,
 }
 
 
