@@ -1,13 +1,15 @@
 """Real, small, trained models: quantized folders open in transformers as they are."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read_text
-from tests.toy import decoded_state, run_toy
+from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+from tests.toy import decoded_state, open_toy, run_toy
 
 
 @pytest.mark.parametrize("method", ["gptq", "rsq"])
@@ -39,3 +41,30 @@ def test_transformers_gives_the_logits_of_our_decoded_weights(
     with torch.no_grad():
         apart_BTV = opened(window_BT[:2]).logits - ours(window_BT[:2]).logits
     assert apart_BTV.abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("samples", [1, 4, 32])
+def test_the_defaults_are_no_worse_however_few_the_tokens(
+    shared: Path, tmp_path: Path, samples: int
+) -> None:
+    """128 tokens are as many as the narrowest linear has inputs, a third of down's."""
+    folder = shared / "models" / "tinystories-656K"
+    text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)
+    tokenizer = load_tokenizer(folder)
+    window_BT = choose_windows(text, tokenizer, samples, 128, 0, "text")
+    how: dict[str, Any] = {"bos": True, "max_windows": 40, "where": "text"}
+    judged_BT = evaluation_windows(text, tokenizer, 128, **how)
+    ours: dict[str, Any] = dict.fromkeys(("propagate", "sweeps", "refit", "shrinkage"))
+    found = []
+    for name, settings in {"plain": {}, "default": ours}.items():
+        sizes: dict[str, Any] = {"bits": 2, "clip_steps": 80, "samples": samples}
+        run_toy(
+            folder,
+            tmp_path / name,
+            windows=Windows(window_BT, 1),
+            sequence_length=128,
+            **sizes | settings,
+        )
+        found.append(evaluate(open_toy(tmp_path / name), judged_BT).perplexity)
+    plain, default = found
+    assert default < plain
