@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rsq_stream.events import Listener
 from rsq_stream.model.architecture import STAGES, block_prefix
@@ -39,6 +39,27 @@ def with_bits(
     execution = plan_execution(checkpoint, architecture, choice.plan, options)
     chosen = dataclasses.replace(made, plan=choice.plan, execution=execution)
     return chosen, choice
+
+
+def as_choice(choice: "Choice") -> dict[str, Any]:
+    """Give what was chosen, and what is expected of it, as JSON takes it."""
+    return {
+        "bits_per_weight": choice.bits_per_weight,
+        "cost": choice.cost,
+        "uniform": {
+            str(bits): {"bits_per_weight": size, "cost": cost}
+            for bits, (size, cost) in choice.uniform.items()
+        },
+    }
+
+
+def require_free(made: Prepared) -> None:
+    """Refuse an output folder that the run itself would refuse, before measuring."""
+    from rsq_stream.output_place import require_usable
+    from rsq_stream.storage.journal import NAME
+
+    resuming = (made.options.work_dir / NAME).exists()
+    require_usable(made.options.output, resuming=resuming)
 
 
 def explained(made: Prepared, choice: "Choice") -> str:

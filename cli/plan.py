@@ -8,7 +8,7 @@ from typing import Any
 
 from rsq_stream.config import QuantizationPlan
 
-from .bits import explained, with_bits
+from .bits import as_choice, explained, with_bits
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
@@ -31,14 +31,16 @@ def plan(
     """
     del debug
     made = prepare(model, job, read_calibration=job.bpw is not None)
-    why = None
+    choice = None
     if job.bpw is not None:
         with StopRequest() as stop, shown(silent=quiet or as_json) as listener:
             made, choice = with_bits(made, job.bpw, listener, stop.event)
-        why = explained(made, choice)
-    show(made, as_json=as_json)
-    if why and not as_json:
-        say(f"\n{why}")
+    if choice is not None and as_json:
+        say_json(as_object(made) | {"bits_choice": as_choice(choice)})
+    else:
+        show(made, as_json=as_json)
+    if choice is not None and not as_json:
+        say(f"\n{explained(made, choice)}")
     if not quiet:
         warn_about_disk(made)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rsq_stream.events import LinearRecord
 
-from .bits import explained, with_bits
+from .bits import explained, require_free, with_bits
 from .findings import notices_of, warnings_of
 from .job import Job
 from .options import Debug, DryRun, Json, Model, Quiet
@@ -35,6 +35,7 @@ def quantize(
     made = prepare(model, job, read_calibration=True)
     silent = quiet or as_json
     if job.bpw is not None:
+        require_free(made)
         if not silent:
             remark("notice", "measuring what bits cost; then the run itself")
         with StopRequest() as stop, shown(silent=silent) as listener:

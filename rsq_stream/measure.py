@@ -12,10 +12,16 @@ from pathlib import Path
 
 import torch
 
+from rsq_stream import room
 from rsq_stream.block_meter import PROBE_BITS, BlockMeter, Costs
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.errors import DamagedError, PlanMismatchError
+from rsq_stream.errors import (
+    DamagedError,
+    Interrupted,
+    PlanMismatchError,
+    ScratchError,
+)
 from rsq_stream.events import BlockFinished, Listener, Notice, RunStarted, ignore
 from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.identity import SourceIdentity
@@ -27,6 +33,7 @@ from rsq_stream.model.architecture import (
 )
 from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.ops.pool import single_threaded_products
+from rsq_stream.output_place import require_apart
 from rsq_stream.passes import Passes, stopper
 from rsq_stream.slots import RunSlots, embed
 from rsq_stream.source import Source
@@ -76,14 +83,21 @@ def measure(
         Whatever else went wrong, in one line.
     """
     stop = stop or threading.Event()
+    require_apart(options.output, options.work_dir)
     place = options.work_dir / MEASURED
+    # Nothing of the output is written here.
+    needs = dataclasses.replace(execution, output_bytes=0, small_bytes=0)
+    here = dataclasses.replace(options, work_dir=place)
     with (
+        room.said_when_full(needs, here),
         RunFolder(place) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
     ):
         passes = Passes(pool, execution.in_flight, listener, stop)
         if options.restart:
             folder.clear()
+        if missing := room.shortage(needs, here):
+            raise ScratchError(missing)
         while True:
             try:
                 journal = folder.open_journal(plan.canonical_json(), plan.sha256)
@@ -93,6 +107,11 @@ def measure(
                 )
                 try:
                     return run.costs()
+                except Interrupted as error:
+                    raise Interrupted(
+                        "stopped while measuring what bits cost; the same command goes"
+                        f" on after block {run.measured} of {run.blocks}"
+                    ) from error
                 finally:
                     run.close()
                     if run.done:
@@ -135,15 +154,25 @@ class _Run:
         self._slots = RunSlots(plan, width, execution, place, listener)
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the model."""
+        return self._architecture.blocks
+
+    @property
+    def measured(self) -> int:
+        """Blocks that are measured."""
+        last = self._journal.last_block()
+        return 0 if last is None else last + 1
+
+    @property
     def done(self) -> bool:
         """Whether all blocks are measured."""
-        return self._journal.last_block() == self._architecture.blocks - 1
+        return self.measured == self.blocks
 
     def costs(self) -> Costs:
         """Measure the blocks that are left; gives the costs of all linears."""
         last = self._journal.last_block()
-        blocks, tokens = self._architecture.blocks, self._plan.sequences
-        first = 0 if last is None else last + 1
+        blocks, first, tokens = self.blocks, self.measured, self._plan.sequences
         if not self.done:
             self._passes.listener(
                 RunStarted(

@@ -4,6 +4,7 @@ import dataclasses
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rsq_stream.algorithm.solver import round_to_nearest
 from rsq_stream.bits_choice import Choice, choose_bits, require_reachable
 from rsq_stream.block_meter import BITS, PROBE_BITS, Costs
 from rsq_stream.block_solver import make_grid
-from rsq_stream.errors import Interrupted, UsageError
+from rsq_stream.errors import Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
 from rsq_stream.measure import measure, measuring_plan
 from rsq_stream.model.architecture import LINEARS, STAGES
@@ -145,7 +146,8 @@ def test_stopped_it_goes_on(
         ):
             stop.set()
 
-    with pytest.raises(Interrupted):
+    message = f"goes on after block {block} of {BLOCKS}$"
+    with pytest.raises(Interrupted, match=message):
         measured(toy, output, listener=listener, stop=stop)
     recorder = Recorder()
     assert measured(toy, output, listener=recorder) == costs
@@ -153,6 +155,15 @@ def test_stopped_it_goes_on(
     assert done == list(range(block, BLOCKS))
     left = {path.name for path in (tmp_path / "out.work" / "bits").iterdir()}
     assert left == {"journal.sqlite", "lock"}
+
+
+def test_a_disk_without_room_is_named_first(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=10, total=10, used=0)
+    monkeypatch.setattr("rsq_stream.room.shutil.disk_usage", lambda path: free)
+    with pytest.raises(ScratchError, match=r"\d+ more bytes will be needed on this disk"):
+        measured(toy, tmp_path / "out")
 
 
 def test_once_is_enough_for_any_target(toy: Path, costs: Costs) -> None:

@@ -80,6 +80,7 @@ def test_bpw_measures_chooses_and_keeps_to_it(run: Run, tmp_path: Path) -> None:
     assert "what bits cost is measured" in state
     # Measured already: the run begins at once, and has that plan.
     plan_out = json.loads(run("plan", *wanted, "--json")[1])
+    assert abs(plan_out["bits_choice"]["bits_per_weight"] - 8) <= 0.011
     code, out, err = run("quantize", *wanted)
     assert code == 0
     assert err.count("\nblock ") + err.startswith("block ") == 4
@@ -106,6 +107,19 @@ def test_bpw_refuses_at_once(
     assert code == 1
     assert err.startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bpw_is_not_measured_for_an_output_that_is_there(
+    run: Run, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    wanted = ("quantize", MODEL, *SMALL, "--bpw", "8", "--group-size", "64")
+    code, _, err = run(*wanted, "--output", output)
+    assert code == 1
+    assert "must be new or empty, it holds notes.txt" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_rotate_quantizes_nothing(run: Run, tmp_path: Path) -> None:
