@@ -162,7 +162,7 @@ def test_a_disk_without_room_is_named_first(
 ) -> None:
     free = SimpleNamespace(free=10, total=10, used=0)
     monkeypatch.setattr("rsq_stream.room.shutil.disk_usage", lambda path: free)
-    with pytest.raises(ScratchError, match=r"\d+ more bytes will be needed on this disk"):
+    with pytest.raises(ScratchError, match=r"more bytes will be needed on this disk"):
         measured(toy, tmp_path / "out")
 
 
