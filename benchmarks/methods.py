@@ -1,6 +1,6 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver|defaults]
+    python benchmarks/methods.py [--table methods|solver|defaults|bpw]
                                  [--settings 3:-1 2:64 2:64:16:8]
                                  [--model DIR --calibration FILE --text FILE]
 
@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,36 @@ from typing import Any
 import torch
 
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
+from rsq_stream.events import ignore
 
 _PLAIN = {"propagate": 0.0, "sweeps": 0, "refit": False, "shrinkage": 0.0}
 _ALL = {"shrinkage": 0.0}
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {name: {"method": name} for name in ("rtn", "gptq", "quarot", "rsq")},
     "defaults": {"plain": {**_PLAIN}, "default": {}},
+    "bpw": {
+        "2 bits": {"bits": 2},
+        "--bpw 7.87": {"bits": None, "bpw": 7.87},
+        "3 bits": {"bits": 3},
+        "--bpw 8.69": {"bits": None, "bpw": 8.69},
+        "4 bits": {"bits": 4},
+    },
+    "importance": {
+        **{
+            name: {"importance": name}
+            for name in (
+                *("uniform", "attncon", "actnorm", "actnorm-output", "actdiff"),
+                *("tokensim", "tokenfreq", "cluster", "first-n", "first-last-n"),
+            )
+        },
+        "chunks 1/4": {"importance": "chunks", "importance_chunks": "1/4"},
+        "attncon, skip 4": {"importance_skip": 4},
+        "attncon, log": {"importance_transform": "log"},
+        "attncon, rank": {"importance_transform": "rank"},
+        "attncon, quantile 0.02": {"importance_quantile": 0.02},
+        "attncon, by visible queries": {"importance_visible": "linear"},
+        "attncon, squared": {"importance_power": 2},
+    },
     "solver": {
         "rsq, one stream": {**_PLAIN},
         "+ refit": {**_PLAIN, "refit": True},
@@ -79,8 +104,11 @@ def perplexity(folder: Path, options: argparse.Namespace) -> float:
     return evaluate(checkpoint, window_BT).perplexity
 
 
-def measured(task: tuple[argparse.Namespace, dict[str, Any]]) -> tuple[float, float]:
-    """Quantize and measure once; gives perplexity and seconds."""
+def measured(
+    task: tuple[argparse.Namespace, dict[str, Any]],
+) -> tuple[float, float, float]:
+    """Quantize and measure once; gives perplexity, seconds, bits per weight."""
+    from rsq_stream.cli.bits import with_bits
     from rsq_stream.cli.job import Job
     from rsq_stream.cli.prepare import prepare
 
@@ -99,10 +127,13 @@ def measured(task: tuple[argparse.Namespace, dict[str, Any]]) -> tuple[float, fl
         )
         made = prepare(str(options.model), job, read_calibration=True)
         began = time.monotonic()
+        if job.bpw is not None:
+            made, _ = with_bits(made, job.bpw, ignore, threading.Event())
         parts = (made.checkpoint, made.plan, made.execution, made.options, made.windows)
         summary = quantize(*parts)
         seconds = time.monotonic() - began
-        return perplexity(summary.output, options), seconds
+        bits = made.execution.bits_per_weight
+        return perplexity(summary.output, options), seconds, bits
 
 
 def main() -> None:
@@ -137,8 +168,9 @@ def main() -> None:
         f" one thread; windows of {options.sequence_length} tokens,"
         f" {options.seeds} seeds\n"
         f"full precision: {perplexity(options.model, options):.3f}\n\n"
-        "| bits | group | windows | method | perplexity | deviation | seconds |\n"
-        "|---|---|---|---|---|---|---|\n"
+        "| bits | group | windows | method | perplexity | deviation | bits/weight"
+        " | seconds |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes) as pool:
@@ -154,7 +186,7 @@ def main() -> None:
             mean = statistics.mean(values)
             sys.stdout.write(
                 f"| {bits} | {group} | {windows} | {label} | {mean:.3f}"
-                f" | {spread:.3f} | {seconds:.1f} |\n"
+                f" | {spread:.3f} | {results[0][2]:.3f} | {seconds:.1f} |\n"
             )
             sys.stdout.flush()
 
