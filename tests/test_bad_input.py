@@ -160,7 +160,7 @@ def test_no_such_folder(refused: Refused) -> None:
         (("--group-size", "100"), "--group-size must be 32, 64, 128, -1, not 100"),
         (
             ("--method", "awq"),
-            "--method must be one of rsq, quarot, gptq, rtn, not awq",
+            "--method must be one of rsq, quarot, gptq, rtn, rotate, not awq",
         ),
         (("--rotation", "full"), "--rotation must be portable or none, not full"),
         (("--samples", "0"), "--samples must be 1 or more, not 0"),
