@@ -11,7 +11,6 @@ import pytest
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import RsqError, UsageError
 from rsq_stream.execution import RunOptions
-from rsq_stream.importance_fields import IMPORTANCES, ROLES
 from rsq_stream.schemes import GROUP_SIZES, Scheme
 
 PLAN: dict[str, Any] = {
@@ -138,8 +137,6 @@ def test_tables_name_each_field():
     assert list(OTHER) == FIELDS
 
 
-CHUNKS = "C,C,.../T with C below T and T at most 63, such as 0,7/8"
-TOGETHER = "all or none of q_proj, k_proj, v_proj: they share a Hessian"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"method": "awq"},
@@ -153,80 +150,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"group_scales": "late"},
         "--group-scales must be dynamic or static, not late",
     ),
-    (
-        {"importance": "last-n"},
-        f"--importance must be one of {', '.join(IMPORTANCES)}, not last-n",
-    ),
     ({"damping": 0.0}, "--damping must be above 0, at most 1, not 0.0"),
     ({"damping": 1.01}, "--damping must be above 0, at most 1, not 1.01"),
     ({"damping": float("nan")}, "--damping must be above 0, at most 1, not nan"),
-    (
-        {"importance_min": -0.1},
-        "--importance-min must be 0 to importance-max (1.0), not -0.1",
-    ),
-    (
-        {"importance_min": 1.1},
-        "--importance-min must be 0 to importance-max (1.0), not 1.1",
-    ),
-    (
-        {"importance_min": float("nan")},
-        "--importance-min must be 0 to importance-max (1.0), not nan",
-    ),
-    (
-        {"importance_min": 0.0, "importance_max": 0.0},
-        "--importance-max must be above 0 and finite, not 0.0",
-    ),
     ({"samples": 0}, "--samples must be 1 or more, not 0"),
     ({"sequence_length": 1}, "--sequence-length must be 2 or more, not 1"),
     ({"expand": 0}, "--expand must be 1 to the sequence length (63), not 0"),
     ({"expand": 64}, "--expand must be 1 to the sequence length (63), not 64"),
-    (
-        {"importance": "first-n", "importance_tokens": 0},
-        "--importance-tokens must be 1 to the sequence length (63), not 0",
-    ),
-    (
-        {"importance": "first-n", "importance_tokens": 64},
-        "--importance-tokens must be 1 to the sequence length (63), not 64",
-    ),
-    (
-        {"importance": "first-last-n", "importance_tokens": 0},
-        "--importance-tokens must be 1 to the sequence length (63), not 0",
-    ),
-    ({"importance_power": 3}, "--importance-power must be 1 or 2, not 3"),
-    (
-        {"importance_visible": "all"},
-        "--importance-visible must be one of no, linear, root, not all",
-    ),
-    (
-        {"importance_transform": "sqrt"},
-        "--importance-transform must be one of no, log, rank, not sqrt",
-    ),
-    (
-        {"importance_quantile": 0.5},
-        "--importance-quantile must be 0 to less than 0.5, not 0.5",
-    ),
-    ({"importance_mask": 1.0}, "--importance-mask must be 0 to less than 1, not 1.0"),
-    (
-        {"importance_truncate": -0.1},
-        "--importance-truncate must be 0 to less than 1, not -0.1",
-    ),
-    ({"importance_skip": 63}, "--importance-skip must be 0 to 62, not 63"),
-    ({"importance_bins": 1}, "--importance-bins must be 2 or more, or 0, not 1"),
-    (
-        {"importance_linears": ("down",)},
-        f"--importance-linears must be one of {', '.join(ROLES)}, not down",
-    ),
-    (
-        {"importance_linears": ("k_proj", "q_proj")},
-        f"--importance-linears must be {TOGETHER}, not k_proj q_proj",
-    ),
-    *(
-        (
-            {"importance": "chunks", "importance_chunks": text},
-            f"--importance-chunks must be {CHUNKS}, not {text or 'nothing'}",
-        )
-        for text in ("", "0", "8/8", "0/64", "-1/8", "0,/8", "/8", "0/0", "1.5/8")
-    ),
 ]
 
 
