@@ -3,6 +3,7 @@
 Every default is filled in here; what depends on the machine's memory is the planner's.
 """
 
+import dataclasses
 import importlib.metadata
 import platform
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
 from rsq_stream.config import QuantizationPlan, parse_share
 from rsq_stream.errors import UsageError, require
+from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.ops.walsh import package_version
 from rsq_stream.patterns import resolve
@@ -31,18 +33,10 @@ PROPAGATE, SWEEPS, REFIT, SHRINKAGE = 0.5, 2, True, 1.0
 benchmarks/RESULTS.md."""
 
 
-_PASSED_ON = (
-    "importance_chunks",
-    "importance_power",
-    "importance_visible",
-    "importance_transform",
-    "importance_quantile",
-    "importance_skip",
-    "importance_mask",
-    "importance_truncate",
-    "importance_bins",
-    "importance_reverse",
-    "importance_linears",
+_PASSED_ON = tuple(
+    field.name
+    for field in dataclasses.fields(ImportanceFields)
+    if field.default is not dataclasses.MISSING and field.name != "importance_tokens"
 )
 """Settings that a plan has as they are given."""
 

@@ -104,7 +104,7 @@ def _stepwise(recording: Recording, stride: int) -> range:
 
 @pytest.mark.parametrize(
     ("code", "short", "stride"),
-    [(errno.ENOSPC, False, 7), (errno.EIO, False, 11), (errno.ENOSPC, True, 5)],
+    [(errno.ENOSPC, False, 4), (errno.EIO, False, 7), (errno.ENOSPC, True, 3)],
 )
 def test_a_step_that_fails(
     crash: Crash,
