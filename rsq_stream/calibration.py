@@ -80,7 +80,7 @@ class Windows:
     def sha256(self) -> str:
         """Hash of the tokens and of the expansion."""
         digest = hashlib.sha256(f"{list(self.window_BT.shape)} {self.expand}".encode())
-        digest.update(self.window_BT.to(torch.int32).numpy().tobytes())
+        digest.update(self.window_BT.to(torch.int32).contiguous().numpy().data)
         return digest.hexdigest()
 
     def tokens(self, first: int, count: int) -> Int[Tensor, "B T"]:
@@ -157,7 +157,8 @@ def choose_windows(
         The text is shorter than one window.
     """
     ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-    token_T = torch.tensor(ids, dtype=torch.int64)
+    # Kept to the end of a run, so half of torch's usual size.
+    token_T = torch.tensor(ids, dtype=torch.int32)
     spare = len(token_T) - sequence_length
     if spare < 0:
         raise CalibrationError(

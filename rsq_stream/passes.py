@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rsq_stream.errors import Interrupted, NumericalError
 from rsq_stream.events import Listener, StageStarted, UnitsDone
+from rsq_stream.ops.heap import give_back_free_memory
 from rsq_stream.ops.pool import Pool
 from rsq_stream.storage.activations import Slot
 
@@ -44,6 +45,7 @@ class Passes:
             The stop event was set; nothing that was finished is lost.
         """
         units = slots[0].shape.units
+        give_back_free_memory()
         self.listener(StageStarted(block=block, stage=stage, units=units))
         reads = zip(*(slot.read(range(units)) for slot in slots), strict=True)
         for first in range(0, units, self.in_flight):

@@ -29,7 +29,7 @@ DOCUMENTS = ["The first.", "Zwei\nZeilen", "troisième ✓"]
 def windows_of(text: str, samples: int, length: int, seed: int) -> list[list[int]]:
     tokenizer = toy_tokenizer()
     chosen = choose_windows(text, tokenizer, samples, length, seed, "text.txt")
-    assert chosen.dtype == torch.int64
+    assert chosen.dtype == torch.int32
     assert chosen.shape == (samples, length)
     rows: list[list[int]] = chosen.tolist()
     return rows

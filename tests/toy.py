@@ -128,7 +128,7 @@ def toy_windows(vocabulary: int, samples: int, length: int, seed: int) -> Window
     """Give random tokens as calibration windows, not expanded."""
     generator = torch.Generator().manual_seed(seed)
     size = (samples, length)
-    return Windows(torch.randint(0, vocabulary, size, generator=generator), 1)
+    return Windows(torch.randint(0, vocabulary, size, generator=generator).int(), 1)
 
 
 def toy_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerBase:
