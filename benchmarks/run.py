@@ -135,10 +135,13 @@ def cache(folder: Path) -> None:
         for _ in slot.read(range(shape.units)):
             pass
 
+    # Files that are there already, as in a run: each slot is written once a block.
+    works = (write_raw, write_slot, read_raw, read_slot)
     device = torch.device("cpu")
-    raw_write_s, raw_read_s = timed(write_raw, device), timed(read_raw, device)
-    row("cache, write and fsync", timed(write_slot, device), "raw file", raw_write_s)
-    row("cache, read and check", timed(read_slot, device), "raw file", raw_read_s)
+    seconds = [[timed(work, device) for work in works] for _ in range(4)]
+    raw_write_s, write_s, raw_read_s, read_s = map(min, zip(*seconds[1:], strict=True))
+    row("cache, write and fsync", write_s, "raw file", raw_write_s)
+    row("cache, read and check", read_s, "raw file", raw_read_s)
     slot.close()
 
 

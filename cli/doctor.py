@@ -26,7 +26,6 @@ _PACKAGES = (
     "transformers",
     "compressed-tensors",
     "zarr",
-    "zarrs",
 )
 _PROBE_BYTES = 256 * 2**20
 _SLACK = 1.0 + 1e-4

@@ -6,7 +6,6 @@ the tokens' weights after the first stage, h after the third.
 """
 
 import dataclasses
-import zlib
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -23,6 +22,7 @@ from rsq_stream.source import Source
 from rsq_stream.stage_statistics import TokenWeights
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot
+from rsq_stream.storage.checksum import checksum
 from rsq_stream.storage.journal import Journal
 from rsq_stream.streams import WRITES_H
 
@@ -67,10 +67,10 @@ class BlockProgress:
         )
 
     def write_token_weights(self, token_weights: TokenWeights) -> int:
-        """Keep the tokens' importance for later stages; gives the file's CRC-32."""
+        """Keep the tokens' importance for later stages; gives the file's checksum."""
         content = save({"weight": token_weights.weight_BT.to("cpu")})
         atomic.write_file(self.work_dir / TOKEN_WEIGHTS, content)
-        return zlib.crc32(content)
+        return checksum(content)
 
     def replace_solved(self, index: int, block: Block, done: int) -> None:
         """Give a block the quantized weights of its first ``done`` stages.
@@ -103,7 +103,7 @@ class BlockProgress:
                 slot.checksums = self.journal.chunks(slot.folder.name)
         path = self.work_dir / TOKEN_WEIGHTS
         content = path.read_bytes() if path.is_file() else b""
-        if self.journal.chunks(TOKEN_WEIGHTS).get(index) != zlib.crc32(content):
+        if self.journal.chunks(TOKEN_WEIGHTS).get(index) != checksum(content):
             raise DamagedError(f"{path}: is damaged or missing", path.name)
         device = block.weight(STAGES[0].linears[0]).device
         return load(content)["weight"].to(device)

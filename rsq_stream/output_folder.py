@@ -113,7 +113,7 @@ class OutputFolder:
         return self._writer.read(name)
 
     def checksum(self, name: str) -> int | None:
-        """Give the CRC-32 of a tensor that was written."""
+        """Give the checksum of a tensor that was written."""
         return self._writer.checksums.get(name)
 
     def forget(self, names: Collection[str]) -> None:
@@ -138,8 +138,8 @@ class OutputFolder:
     def new_checksums(self) -> dict[str, int]:
         """Give the checksums of tensors written since the last call."""
         fresh = {
-            name: crc
-            for name, crc in self._writer.checksums.items()
+            name: written
+            for name, written in self._writer.checksums.items()
             if name not in self._journalled
         }
         self._journalled |= fresh.keys()

@@ -99,8 +99,8 @@ class Rebuilder:
                 return "the block's input"
         if part == TOKEN_WEIGHTS:
             solver, _ = self._open(setup, block, 0)
-            crc = setup.progress.write_token_weights(solver.statistics.weigh())
-            if crc != self._journal.chunks(TOKEN_WEIGHTS).get(block):
+            written = setup.progress.write_token_weights(solver.statistics.weigh())
+            if written != self._journal.chunks(TOKEN_WEIGHTS).get(block):
                 raise damage
             return "the block's input"
         return self._tensor(block, damage)

@@ -16,6 +16,7 @@ import zarr
 from torch import Tensor
 
 from rsq_stream.errors import DamagedError, ScratchError
+from rsq_stream.storage import activations
 from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -195,18 +196,13 @@ def test_a_damaged_array_is_explained(tmp_path: Path) -> None:
         list(slot.read([0]))
 
 
-class _FullDisk:
-    """What zarrs raises where the disk is full, read off on a 4 MB tmpfs."""
-
-    def __setitem__(self, rows: slice, raw: np.ndarray) -> None:
-        reason = os.strerror(errno.ENOSPC)
-        raise RuntimeError(f"{reason} (os error {errno.ENOSPC})")
-
-
 def test_a_full_disk_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Slot, "_open", lambda _: _FullDisk())
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(activations, "write_chunk", full)
     with opened(tmp_path / "x", ODD) as slot:
         slot.write(0, values(ODD)[0], durable=False)
         message = rf"^{tmp_path}/x[^:]*: the disk is full \(\d+ bytes free\); make room"

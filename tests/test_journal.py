@@ -255,7 +255,9 @@ def test_a_changed_row_is_noticed(tmp_path: Path) -> None:
     with Journal(path) as journal:
         finish(journal, 0, "even", 1.0, **BEFORE)
     with closing(sqlite3.connect(path)) as database:
-        database.execute("UPDATE tensors SET crc32 = crc32 + 1 WHERE name = 'a.x'")
+        database.execute(
+            "UPDATE tensors SET checksum = checksum + 1 WHERE name = 'a.x'"
+        )
         database.commit()
     message = rf"^{path}: the journal is damaged .*; --restart starts over$"
     with pytest.raises(ScratchError, match=message):

@@ -2,21 +2,20 @@
 
 A slot is an array [sequences, tokens, width] of the cache type, one Zarr chunk a
 unit of computation. Zarr has no bfloat16, so 16-bit types are stored as uint16
-and fp32 as uint32. Reads run ahead of the compute and writes behind it, both
-bounded, so host memory does not grow with the calibration set.
+and fp32 as uint32. Zarr makes the array and its metadata; the chunks, which are bare
+bytes, are written and read here, at the speed of the disk. Reads run ahead of the
+compute and writes behind it, both bounded, so host memory does not grow with the
+calibration set.
 
 A missing chunk reads as zeros in Zarr: presence proves nothing. So each chunk's
 checksum is kept, and checked when the chunk is read.
 """
 
 import os
-import re
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rsq_stream.errors import DamagedError, RsqError
+from rsq_stream.errors import DamagedError
 from rsq_stream.storage import atomic
+from rsq_stream.storage.checksum import checksum
+from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
 from rsq_stream.storage.steps import step
 
 _STORED_AS = {
-    torch.float32: (np.uint32, torch.uint32),
-    torch.bfloat16: (np.uint16, torch.uint16),
-    torch.float16: (np.uint16, torch.uint16),
+    torch.float32: np.uint32,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.uint16,
 }
 
 
@@ -86,23 +88,6 @@ def has_direct_io(folder: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what Zarr and zarrs raise into one line; zarrs hides the system's error."""
-    try:
-        with atomic.explained(path):
-            yield
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RsqError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        code = re.search(r"\(os error (\d+)\)", reason)
-        if code:
-            system = OSError(int(code[1]), os.strerror(int(code[1])))
-            raise atomic.explanation(path, system) from error
-        raise damaged(path) from error
-
-
 def damaged(path: Path) -> DamagedError:
     """Give the error that names a chunk, or a slot, that is not what was written."""
     slot = path.parent if path.name.startswith("c.") else path
@@ -124,8 +109,10 @@ class Slot:
         self._depth = depth
         self._direct = direct
         self._memory: dict[int, Tensor] = {}
-        self._array: zarr.Array[Any] | None = None
+        self._made = False
         self._writes: deque[Future[None]] = deque()
+        self._buffers: list[NDArray[np.uint8]] = []
+        """Written out and free again: fresh memory would cost more than the copy."""
         self._writing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "rsq-read")
         self._writer = ThreadPoolExecutor(1, "rsq-write")
@@ -140,14 +127,15 @@ class Slot:
             or x_BTD.dtype != self.shape.dtype
         ):
             raise ValueError(f"unit {unit}: {x_BTD.dtype} {tuple(x_BTD.shape)}")
-        x_BTD = x_BTD.to("cpu").contiguous()
         if unit < self._resident:
-            self._memory[unit] = x_BTD
+            self._memory[unit] = x_BTD.to("cpu").contiguous()
         if durable or unit >= self._resident:
+            content = self._staged(x_BTD)
+            self.checksums[unit] = checksum(content.data)
             with self._writing:
                 while len(self._writes) >= self._depth:
                     self._writes.popleft().result()
-                self._writes.append(self._writer.submit(self._store, unit, x_BTD))
+                self._writes.append(self._writer.submit(self._store, unit, content))
 
     def read(self, units: Iterable[int]) -> Iterator[Tensor]:
         """Give units in order, reading ahead of whoever takes them."""
@@ -167,6 +155,7 @@ class Slot:
         """Wait for the writes; with ``durable`` a power cut cannot undo them."""
         while self._writes:
             self._writes.popleft().result()
+        self._buffers.clear()
         if durable:
             with atomic.explained(self.folder):
                 for unit in self.checksums:
@@ -184,8 +173,9 @@ class Slot:
         """Make ready for other contents; what a dead process left here is removed."""
         wait(self._writes)  # whatever became of them
         self._writes.clear()
+        self._buffers.clear()
         self.clear()
-        if self._array is None:
+        if not self._made:
             atomic.remove_tree(self.folder)
 
     def close(self) -> None:
@@ -196,51 +186,73 @@ class Slot:
     def _chunk_path(self, unit: int) -> Path:
         return self.folder / f"c.{unit}.0.0"
 
-    def _open(self) -> "zarr.Array[Any]":
-        """Open the array, or make it; the chunk layout is fixed by the shape."""
-        if self._array is None:
-            shape, stored = self.shape, _STORED_AS[self.shape.dtype][0]
-            settings = {
-                "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
-                "codec_pipeline.direct_io": self._direct,
-                "threading.max_workers": 1,
-            }
-            with zarr.config.set(settings), _explained(self.folder):
-                if (self.folder / "zarr.json").exists():
-                    self._array = zarr.open_array(self.folder, mode="r+")
-                else:
-                    self._array = zarr.create_array(
-                        self.folder,
-                        # Whole chunks: a part of one would be read to be written.
-                        shape=(
-                            shape.units * shape.unit_sequences,
-                            shape.tokens,
-                            shape.width,
-                        ),
-                        chunks=(shape.unit_sequences, shape.tokens, shape.width),
-                        dtype=stored,
-                        compressors=None,
-                        fill_value=0,
-                        chunk_key_encoding={"name": "default", "separator": "."},
-                    )
-        return self._array
+    def _staged(self, x_BTD: Tensor) -> NDArray[np.uint8]:
+        """Copy a unit's bytes to where the disk takes them; zeros fill the last."""
+        try:
+            content = self._buffers.pop()
+        except IndexError:
+            content = aligned_empty(self.shape.unit_bytes)
+        dense = torch.from_numpy(content).view(x_BTD.dtype)
+        dense[: x_BTD.numel()].view_as(x_BTD).copy_(x_BTD)
+        dense[x_BTD.numel() :].zero_()
+        return content
 
-    def _store(self, unit: int, x_BTD: Tensor) -> None:
-        raw = x_BTD.view(_STORED_AS[x_BTD.dtype][1]).numpy()
-        crc, path = zlib.crc32(raw.data), self._chunk_path(unit)
-        first, whole = unit * self.shape.unit_sequences, self.shape.unit_sequences
-        if len(raw) < whole:
-            raw = np.pad(raw, ((0, whole - len(raw)), (0, 0), (0, 0)))
-        with _explained(path), step("write", path):
-            self._open()[first : first + whole] = raw
-        self.checksums[unit] = crc
+    def _require_array(self) -> None:
+        """Make the array if there is none, else see that it is the one of this shape.
+
+        Raises
+        ------
+        DamagedError
+            Its metadata is not what was written.
+        """
+        if self._made:
+            return
+        shape = self.shape
+        # Whole chunks: the last one is as long as the others.
+        whole = shape.units * shape.unit_sequences, shape.tokens, shape.width
+        layout: dict[str, Any] = {
+            "shape": whole,
+            "chunks": (shape.unit_sequences, *whole[1:]),
+            "dtype": np.dtype(_STORED_AS[shape.dtype]),
+        }
+        if not (self.folder / "zarr.json").exists():
+            zarr.create_array(
+                self.folder,
+                **layout,
+                compressors=None,
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+            )
+        else:
+            try:
+                array = zarr.open_array(self.folder, mode="r")
+                found = {key: getattr(array, key) for key in layout}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise damaged(self.folder) from error
+            if found != layout:
+                raise damaged(self.folder)
+        self._made = True
+
+    def _store(self, unit: int, content: NDArray[np.uint8]) -> None:
+        path = self._chunk_path(unit)
+        with atomic.explained(path), step("write", path):
+            self._require_array()
+            write_chunk(path, content, direct=self._direct)
+        self._buffers.append(content)
 
     def _load(self, unit: int) -> Tensor:
-        with _explained(self._chunk_path(unit)):
-            first = unit * self.shape.unit_sequences
-            rows = slice(first, first + self.shape.unit_shape(unit)[0])
-            raw = np.ascontiguousarray(self._open()[rows])
-        if self.checksums.get(unit) != zlib.crc32(raw.data):
-            self._array = None  # its metadata may be what is wrong: made anew
-            raise damaged(self._chunk_path(unit))
-        return torch.from_numpy(raw).view(self.shape.dtype)
+        path, shape = self._chunk_path(unit), self.shape
+        with atomic.explained(path):
+            self._require_array()
+            try:
+                content = read_chunk(path, shape.unit_bytes, direct=self._direct)
+            except FileNotFoundError as error:
+                raise damaged(path) from error
+        if len(content) != shape.unit_bytes or checksum(
+            content.data
+        ) != self.checksums.get(unit):
+            self._made = False  # its metadata may be what is wrong: made anew
+            raise damaged(path)
+        count, *rest = shape.unit_shape(unit)
+        dense = torch.from_numpy(content).view(shape.dtype)
+        return dense.view(-1, *rest)[:count]

@@ -29,10 +29,10 @@ CREATE TABLE IF NOT EXISTS blocks (
 CREATE TABLE IF NOT EXISTS stages (
     block INTEGER, stage INTEGER, PRIMARY KEY (block, stage));
 CREATE TABLE IF NOT EXISTS chunks (
-    slot TEXT, unit INTEGER, crc32 INTEGER NOT NULL, PRIMARY KEY (slot, unit));
+    slot TEXT, unit INTEGER, checksum INTEGER NOT NULL, PRIMARY KEY (slot, unit));
 CREATE TABLE IF NOT EXISTS linears (
     block INTEGER, name TEXT PRIMARY KEY, record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS tensors (name TEXT PRIMARY KEY, crc32 INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS tensors (name TEXT PRIMARY KEY, checksum INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS shards (
     name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS source_files (
@@ -179,7 +179,7 @@ class Journal:
             database.execute("DELETE FROM chunks WHERE slot = ?", (slot,))
             database.executemany(
                 "INSERT INTO chunks VALUES (?, ?, ?)",
-                [(slot, unit, crc) for unit, crc in sums.items()],
+                [(slot, unit, value) for unit, value in sums.items()],
             )
         database.executemany(
             "INSERT OR REPLACE INTO linears VALUES (?, ?, ?)",
@@ -253,7 +253,9 @@ class Journal:
 
     def chunks(self, slot: str) -> dict[int, int]:
         """Give the checksums of a slot's chunks."""
-        return dict(self._rows("SELECT unit, crc32 FROM chunks WHERE slot = ?", slot))
+        return dict(
+            self._rows("SELECT unit, checksum FROM chunks WHERE slot = ?", slot)
+        )
 
     def linears(self) -> dict[str, dict[str, Any]]:
         """Give the records of all solved linears, in the order of the blocks."""
@@ -262,7 +264,7 @@ class Journal:
 
     def tensors(self) -> dict[str, int]:
         """Give the checksums of all tensors that are written."""
-        return dict(self._rows("SELECT name, crc32 FROM tensors"))
+        return dict(self._rows("SELECT name, checksum FROM tensors"))
 
     def shards(self) -> dict[str, tuple[int, str]]:
         """Give size and sha256 of every shard that has its final name."""

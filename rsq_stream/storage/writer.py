@@ -7,7 +7,6 @@ its name when it is full, read back and checked.
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +18,7 @@ from torch import Tensor
 from rsq_stream.errors import DamagedError, OutputError
 from rsq_stream.storage import atomic
 from rsq_stream.storage.atomic import PartialFile
+from rsq_stream.storage.checksum import Checksum, checksum
 from rsq_stream.storage.shards import TYPE_NAMES
 
 _READ_BYTES = 1 << 24
@@ -118,7 +118,7 @@ class ShardWriter:
         dense = tensor.detach().to("cpu").contiguous()
         raw = dense.view(-1).view(torch.uint8).numpy().data
         self._open(layout).write(offset, raw)
-        self.checksums[name] = zlib.crc32(raw)
+        self.checksums[name] = checksum(raw)
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that was written, by an earlier process too.
@@ -137,7 +137,7 @@ class ShardWriter:
                 raw = named.read(announced.size_bytes)
         else:
             raw = self._open(layout).read(offset, announced.size_bytes)
-        if zlib.crc32(raw) != self.checksums.get(name):
+        if checksum(raw) != self.checksums.get(name):
             raise self._damaged(layout, name)
         tensor = torch.frombuffer(bytearray(raw), dtype=announced.dtype)
         return tensor.view(announced.shape)
@@ -193,16 +193,16 @@ class ShardWriter:
         if file.read(0, len(layout.header)) != layout.header:
             file.write(0, memoryview(layout.header))
         for name, (offset, tensor) in layout.places.items():
-            crc, done = 0, 0
+            written, done = Checksum(), 0
             while done < tensor.size_bytes:
                 want = min(_READ_BYTES, tensor.size_bytes - done)
                 part = file.read(offset + done, want)
                 if not part:
                     break
                 digest.update(part)
-                crc = zlib.crc32(part, crc)
+                written.update(part)
                 done += len(part)
-            if crc != self.checksums[name]:
+            if written.value != self.checksums[name]:
                 raise self._damaged(layout, name)
         del self._files[layout.name]
         file.commit()
