@@ -192,7 +192,7 @@ def _compare(
 
     def one(unit: int) -> tuple[list[float], float]:
         token_BT = window_BT[unit * count : (unit + 1) * count].to(device)
-        target_L = token_BT[:, 1:].reshape(-1)
+        target_L = token_BT[:, 1:].reshape(-1).long()
         hidden = [
             model.normalised(x_BTD.to(device), gain_D)[:, :-1].flatten(0, 1)
             for model, gain_D, x_BTD in zip(models, gains, units[unit], strict=True)
