@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from rsq_stream.cli import doctor_kernels
 
 from rsq_stream.algorithm.hadamard import (
     factors_of,
@@ -13,7 +14,6 @@ from rsq_stream.algorithm.hadamard import (
     sylvester,
 )
 from rsq_stream.algorithm.packing import pack_naive, unpack_naive
-from rsq_stream.cli import doctor_kernels
 from rsq_stream.errors import KernelError
 from rsq_stream.ops import (
     bit_stream,
