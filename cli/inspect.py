@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import OutputError
 
 from .options import AllLinears, Debug, Json, OutputFolder, Quiet
@@ -77,6 +78,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
         "rotation": f"{plan['residual_rotation']}, {plan['value_rotation']}",
         "calibration": f"{plan['calibration']}: {plan['samples']} windows of"
         f" {plan['sequence_length']} tokens",
+        **_activations(plan),
         "format": str(plan["output_format"]),
         "bits per weight": f"{float(manifest['bits_per_weight']):.3f}",
         "size": exact_size(sum(sizes.values())),
@@ -102,3 +104,11 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
     head = (title, "bits", "group", "error", "by rounding", "dead inputs")
     parts = (facts(rows), table(("file", "bytes"), files), table(head, lines))
     return "\n\n".join(parts)
+
+
+def _activations(plan: dict[str, Any]) -> dict[str, str]:
+    """Say which activations the run saw rounded; nothing where none was."""
+    scheme = ActivationScheme.from_fields(plan)
+    if not scheme.rounds_activations:
+        return {}
+    return {"activations": scheme.activations_text()}

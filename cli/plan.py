@@ -87,6 +87,8 @@ def rows(made: Prepared) -> dict[str, str]:
             f" tokens{copies}"
         )
         found["token importance"] = _importance(plan)
+    if plan.rounds_activations:
+        found["activations"] = plan.activations_text()
     found |= {
         "blocks": str(made.blocks),
         "source": exact_size(execution.source_bytes),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.errors import one_of, require
 from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.schemes import (
@@ -40,8 +41,12 @@ DEVICE_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizationPlan(ImportanceFields):
-    """Everything that decides the output's bytes."""
+class QuantizationPlan(ImportanceFields, ActivationFields):
+    """Everything that decides the output's bytes.
+
+    Rounded activations are what the quantized stream of a calibrated run sees; they
+    are simulated again when the output is evaluated.
+    """
 
     source_sha256: str
     """Hash of the source's config and shard headers (names, types, shapes)."""
@@ -165,6 +170,7 @@ class QuantizationPlan(ImportanceFields):
             f"1 to the sequence length ({self.sequence_length})",
         )
         self.check_importance(self.sequence_length)
+        self.check_activations()
 
     @property
     def sequences(self) -> int:

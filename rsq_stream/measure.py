@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rsq_stream import room
+from rsq_stream.activation_fields import NOTHING
 from rsq_stream.block_meter import PROBE_BITS, BlockMeter, Costs
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
@@ -58,6 +59,7 @@ def measuring_plan(plan: QuantizationPlan) -> QuantizationPlan:
         sweeps=0,
         refit=False,
         act_order=False,
+        **dataclasses.asdict(NOTHING),
     )
 
 

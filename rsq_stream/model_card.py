@@ -67,6 +67,11 @@ def model_card(
                 f"- Error propagation: targets make up for {plan.propagate:g} of the"
                 " error of earlier layers"
             )
+    if plan.rounds_activations:
+        lines.append(
+            f"- Made for rounded activations ({plan.activations_text()}), which no"
+            " loader applies by itself; `rsq-stream eval` simulates them"
+        )
     errors = [made.relative_error for made in records]
     if errors:
         lines.append(

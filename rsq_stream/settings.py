@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
 from rsq_stream.config import QuantizationPlan, parse_share
@@ -35,7 +36,8 @@ benchmarks/RESULTS.md."""
 
 _PASSED_ON = tuple(
     field.name
-    for field in dataclasses.fields(ImportanceFields)
+    for part in (ImportanceFields, ActivationFields)
+    for field in dataclasses.fields(part)
     if field.default is not dataclasses.MISSING and field.name != "importance_tokens"
 )
 """Settings that a plan has as they are given."""
@@ -89,6 +91,13 @@ class Settings:
     refit: bool | None = None
     seed: int = 0
     cache_type: str | None = None
+    activation_bits: int = KEPT
+    activation_group_size: int = -1
+    activation_symmetric: bool = True
+    activation_clip: float = 1.0
+    kv_bits: int = KEPT
+    kv_symmetric: bool = True
+    kv_clip: float = 1.0
 
 
 def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
@@ -153,7 +162,7 @@ def make_plan(
     # Of a file the tokens are hashed; its path decides nothing.
     calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
-    return QuantizationPlan(
+    plan = QuantizationPlan(
         source_sha256=checkpoint.headers_sha256,
         method=settings.method,
         bits=settings.bits,
@@ -196,6 +205,8 @@ def make_plan(
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
     )
+    plan.require_whole_groups(architecture.linear_inputs())
+    return plan
 
 
 def own_schemes(

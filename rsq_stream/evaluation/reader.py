@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import CheckpointError
+from rsq_stream.evaluation.served import served_scheme
 from rsq_stream.format_config import schemes_of
+from rsq_stream.model.activation_quantizer import ActivationQuantizer
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -19,9 +22,18 @@ from rsq_stream.storage.shards import Checkpoint
 
 
 class ModelReader:
-    """Reads a model part by part; quantized linears come decoded."""
+    """Reads a model part by part; quantized linears come decoded.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    Blocks round their activations as ``scheme`` has it, by default as the folder says
+    it is served.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        scheme: ActivationScheme | None = None,
+    ) -> None:
         where = checkpoint.files.where
         self.architecture = read_architecture(checkpoint.config, where)
         self.config = layer_config(self.architecture.family, checkpoint.config)
@@ -31,6 +43,9 @@ class ModelReader:
             schemes_of(checkpoint.config, self.architecture.blocks, where) or {}
         )
         self.device = device
+        scheme = served_scheme(checkpoint) if scheme is None else scheme
+        scheme.require_whole_groups(self.architecture.linear_inputs())
+        self._quantizer = ActivationQuantizer(scheme)
         norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
         self.compute_type = norm.dtype if device.type == "cuda" else torch.float32
 
@@ -69,7 +84,7 @@ class ModelReader:
             for name, shape in self.architecture.block_shapes().items()
         }
         family = self.architecture.family
-        return Block(family, self.config, index, tensors, rope)
+        return Block(family, self.config, index, tensors, rope, self._quantizer)
 
     def _tensor(self, prefix: str, name: str, shape: tuple[int, ...]) -> Tensor:
         linear = prefix + name.removesuffix(".weight")
