@@ -18,6 +18,7 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import ExecutionPlan
 from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
 from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.online import OnlineRotations, planned_rotations
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import encode_linear
 from rsq_stream.passes import Passes
@@ -40,6 +41,7 @@ class BlockSetup:
     family: Family
     config: PretrainedConfig
     rope: Rope
+    online: OnlineRotations
     source: Source
     output: OutputFolder
     journal: Journal
@@ -83,7 +85,7 @@ class BlockSetup:
         # Both hold the source's weights, until those of the first are replaced.
         streams = [
             Stream(
-                Block(self.family, self.config, index, cast, self.rope),
+                Block(self.family, self.config, index, cast, self.rope, self.online),
                 slots,
                 self.plan,
             )
@@ -140,6 +142,7 @@ def set_up(
         family,
         config,
         rope,
+        planned_rotations(plan, architecture),
         source,
         output,
         journal,

@@ -2,7 +2,8 @@
 
 The layer is transformers' own, built without memory and filled with the block's
 tensors. o_proj and down_proj are taken out of their modules, so that these give
-their inputs; the block's stages are then
+their inputs; the block's stages are then, with what of a full rotation is online
+applied to c and u,
 
     a = norm1(x);  c = attention(q(a), k(a), v(a));  h = x + o(c)
     m = norm2(h);  u = act(gate(m)) * up(m);         x' = h + down(u)
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig
 
 from rsq_stream.model.architecture import Family
 from rsq_stream.model.attention import NAME as ATTENTION
+from rsq_stream.model.online import NO_ROTATIONS, OnlineRotations
 
 
 def transformers_class(family: Family, suffix: str) -> type:
@@ -29,13 +31,19 @@ def transformers_class(family: Family, suffix: str) -> type:
     return found
 
 
-def layer_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
-    """Build transformers' config object, with this tool's attention function."""
+def model_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
+    """Build transformers' config object, without any quantization."""
     kind = family.model_type
     module = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
     made: PretrainedConfig = getattr(module, family.stem + "Config").from_dict(
         {key: value for key, value in config.items() if key != "quantization_config"}
     )
+    return made
+
+
+def layer_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
+    """Build transformers' config object, with this tool's attention function."""
+    made = model_config(family, config)
     made._attn_implementation = ATTENTION
     return made
 
@@ -68,6 +76,7 @@ class Block:
         index: int,
         tensors: Mapping[str, Tensor],
         rope: Rope,
+        online: OnlineRotations = NO_ROTATIONS,
     ) -> None:
         with torch.device("meta"):
             layer = transformers_class(family, "DecoderLayer")(config, index)
@@ -85,6 +94,7 @@ class Block:
         self._attention.o_proj = nn.Identity()
         self._mlp.down_proj = nn.Identity()
         self._rope = rope
+        self._online = online
 
     @property
     def device(self) -> torch.device:
@@ -113,9 +123,9 @@ class Block:
         return sums_BT
 
     def attention_output(self, a_BTD: Tensor) -> Tensor:
-        """Compute c = attention(q(a), k(a), v(a)): the input of o."""
+        """Compute c = attention(q(a), k(a), v(a)): the input of o, rotated."""
         c_BTI, _ = self._attend(a_BTD)
-        return c_BTI
+        return self._online.of_attention(c_BTI)
 
     def after_attention(self, x_BTD: Tensor, c_BTI: Tensor) -> Tensor:
         """Compute h = x + o(c)."""
@@ -128,9 +138,9 @@ class Block:
         return m_BTD
 
     def mlp_output(self, m_BTD: Tensor) -> Tensor:
-        """Compute u = act(gate(m)) * up(m): the input of down."""
+        """Compute u = act(gate(m)) * up(m): the input of down, rotated."""
         u_BTI: Tensor = self._mlp(m_BTD)
-        return u_BTI
+        return self._online.of_mlp(u_BTI)
 
     def after_mlp(self, h_BTD: Tensor, u_BTI: Tensor) -> Tensor:
         """Compute x' = h + down(u): the input of the next block."""
