@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rsq_stream
-from rsq_stream.algorithm.rotation import Rotation, make_rotation, rotation_name
+from rsq_stream.algorithm.rotation import make_rotation, rotation_name
 from rsq_stream.errors import CheckpointError, UnsupportedModelError, UsageError
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.events import BlockFinished, Event
@@ -29,6 +29,7 @@ from rsq_stream.planner import inspect_checkpoint
 from rsq_stream.source import Source
 from rsq_stream.verify import verify
 from tests import textbook
+from tests.dense import matrix_of, textbook_rotations
 from tests.toy import (
     calm,
     contents,
@@ -66,10 +67,6 @@ def made(toy: Path) -> Path:
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator)
-
-
-def matrix_of(rotation: Rotation) -> Tensor:
-    return rotation.apply(torch.eye(rotation.size, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -211,23 +208,9 @@ def test_sixteen_bit_activations_are_rotated_in_fp32() -> None:
 def whole_model(source: Path, plan: Any) -> Any:
     """The source in float64, rotated as the textbook does it."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
-    textbook.rotate(model, **textbook_rotations(source, plan))
-    return model
-
-
-def textbook_rotations(source: Path, plan: Any) -> dict[str, Tensor]:
     architecture = inspect_checkpoint(open_toy(source))
-    return {
-        name: matrix_of(make_rotation(kind, size, plan.seed + (stream << 32)))
-        for stream, (name, kind, size) in enumerate(
-            [
-                ("q_DD", plan.residual_rotation, architecture.width),
-                ("r_KK", plan.value_rotation, architecture.head_width),
-                ("heads_HH", plan.heads_rotation, architecture.heads),
-                ("mlp_II", plan.mlp_rotation, architecture.mlp_width),
-            ]
-        )
-    }
+    textbook.rotate(model, **textbook_rotations(plan, architecture))
+    return model
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def rotate(
             attention.o_proj.weight.copy_((heads_OHK @ r_KK).flatten(1))
         if heads_HH is not None:
             width = attention.o_proj.in_features // len(heads_HH)
-            whole_II = torch.kron(heads_HH, torch.eye(width).to(heads_HH))
+            whole_II = torch.kron(heads_HH.contiguous(), torch.eye(width).to(heads_HH))
             _rotate_input(attention.o_proj, whole_II)
         if mlp_II is not None:
             _rotate_input(block.mlp.down_proj, mlp_II)
