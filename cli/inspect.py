@@ -76,6 +76,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
         "codes": f"{plan['bits']} bits, {grid}",
         "group size": group,
         "rotation": f"{plan['residual_rotation']}, {plan['value_rotation']}",
+        "at inference": f"{plan['heads_rotation']}, {plan['mlp_rotation']}",
         "calibration": f"{plan['calibration']}: {plan['samples']} windows of"
         f" {plan['sequence_length']} tokens",
         **_activations(plan),

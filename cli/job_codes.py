@@ -30,8 +30,8 @@ class Codes:
             CODES,
             "--preset",
             "rsq-paper",
-            "The paper's choices: 3 bits, a scale a row, 256 windows, one stream, what"
-            " rotation can be folded; options beside it win.",
+            "The paper's choices: 3 bits, a scale a row, 256 windows, one stream, full"
+            " rotation, exact token weights; options beside it win.",
             "none",
         ),
     ] = None
@@ -89,8 +89,9 @@ class Codes:
         value(
             CODES,
             "--rotation",
-            "portable|none",
-            "portable: folded into the weights, nothing left to do at inference.",
+            "portable|full|none",
+            "portable: folded into the weights, nothing left to do at inference; full:"
+            " also the inputs of o and down, which only this tool's load_model runs.",
             "by method",
         ),
     ] = None

@@ -133,6 +133,15 @@ class Importance:
         bool,
         flag(_PANEL, "--importance-reverse", "The lowest scores weigh most.", False),
     ] = False
+    importance_exact: Annotated[
+        bool,
+        flag(
+            _PANEL,
+            "--importance-exact",
+            "Do not round token weights to bf16, which makes bf16 Hessians exact.",
+            False,
+        ),
+    ] = False
     importance_linears: Annotated[
         list[str] | None,
         value(

@@ -74,6 +74,11 @@ def rows(made: Prepared) -> dict[str, str]:
     rotation = plan.residual_rotation
     if rotation != "none":
         rotation = f"{rotation} (residual), {plan.value_rotation} (value heads)"
+    if plan.rotates_online:
+        rotation += (
+            f"; at inference {plan.heads_rotation} (across heads), {plan.mlp_rotation}"
+            " (MLP)"
+        )
     found = {
         "method": plan.method,
         **_codes(plan, grid, group),

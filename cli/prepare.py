@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.errors import UsageError
+from rsq_stream.errors import UsageError, one_of
 from rsq_stream.execution import ExecutionPlan, RunOptions
 
 from .job import Job
@@ -28,7 +28,7 @@ USUAL_BITS = 4
 LEAST_BITS = 2
 """Stands in a plan with ``--bpw`` until the bits are chosen."""
 _COUNTED = ("first-n", "first-last-n")
-ROTATIONS = ("portable", "none")
+ROTATIONS = ("portable", "full", "none")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def settings_of(job: Job) -> "Settings":
         Options that exclude each other, or a value that no plan would show.
     """
     if job.rotation is not None and job.rotation not in ROTATIONS:
-        wanted = " or ".join(ROTATIONS)
-        raise UsageError(f"--rotation must be {wanted}, not {job.rotation}")
+        raise UsageError(f"--rotation must be {one_of(ROTATIONS)}, not {job.rotation}")
     if job.sequence_length is not None and job.sequence_length < 2:
         raise UsageError(
             f"--sequence-length must be 2 or more, not {job.sequence_length}"

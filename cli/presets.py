@@ -10,6 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 128 columns and the 80 steps of the clip search are this tool's anyway.
     "rsq-paper": {
         "method": "rsq",
+        "rotation": "full",
         "bits": 3,
         "group_size": -1,
         "symmetric": True,
@@ -20,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "importance": "attncon",
         "importance_min": 0.005,
         "importance_max": 1.0,
+        "importance_exact": True,
         "samples": 256,
         "propagate": 0.0,
         "sweeps": 0,

@@ -88,13 +88,16 @@ def _report(
     for text in notices:
         remark("notice", text)
     loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
+    loader += "  # transformers, compressed-tensors"
+    if made.plan.rotates_online:
+        loader = f'rsq_stream.load_model("{summary.output}")  # and no other loader'
     rows = {
         "output": str(summary.output),
         "size": exact_size(summary.output_bytes),
         "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
         **_errors(summary.records),
         "time": duration(summary.seconds),
-        "load it": f"{loader}  # transformers, compressed-tensors",
+        "load it": loader,
         "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
     }
     say(facts(rows))

@@ -19,6 +19,7 @@ from rsq_stream.execution import ExecutionPlan
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
 from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.online import OnlineRotations, planned_rotations
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import encode_linear
 from rsq_stream.passes import Passes
@@ -41,6 +42,7 @@ class BlockSetup:
     family: Family
     config: PretrainedConfig
     rope: Rope
+    online: OnlineRotations
     source: Source
     output: OutputFolder
     journal: Journal
@@ -86,7 +88,15 @@ class BlockSetup:
         quantizers = ActivationQuantizer(self.plan), AS_COMPUTED
         streams = [
             Stream(
-                Block(self.family, self.config, index, cast, self.rope, quantizer),
+                Block(
+                    self.family,
+                    self.config,
+                    index,
+                    cast,
+                    self.rope,
+                    online=self.online,
+                    quantizer=quantizer,
+                ),
                 slots,
                 self.plan,
             )
@@ -145,6 +155,7 @@ def set_up(
         family,
         config,
         rope,
+        planned_rotations(plan, architecture),
         source,
         output,
         journal,

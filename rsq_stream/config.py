@@ -29,6 +29,8 @@ MATHS_VERSION = 1
 
 METHODS = ("rsq", "quarot", "gptq", "rtn", "rotate")
 """``rotate`` quantizes nothing: it writes the rotated model in the source's type."""
+FULL_FORMAT = "compressed-tensors"
+"""The layout that can be marked as one that other loaders must refuse."""
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 DEVICE_FIELDS = (
     "device_kind",
@@ -115,6 +117,10 @@ class QuantizationPlan(ImportanceFields, ActivationFields):
     shard_bytes: int
     """Largest output shard (a single larger tensor gets its own)."""
     output_format: str = "compressed-tensors"
+    heads_rotation: str = "none"
+    """Of o's input across the heads, done while the model runs, or ``none``."""
+    mlp_rotation: str = "none"
+    """R4, of down's input, done while the model runs, or ``none``."""
     maths_version: int = MATHS_VERSION
     device_kind: str = ""
     """Processor and library versions that the bits depend on."""
@@ -169,8 +175,24 @@ class QuantizationPlan(ImportanceFields, ActivationFields):
             self.expand,
             f"1 to the sequence length ({self.sequence_length})",
         )
+        self._check_rotations()
         self.check_importance(self.sequence_length)
         self.check_activations()
+
+    def _check_rotations(self) -> None:
+        if not self.rotates_online:
+            return
+        folded = "none" not in (self.residual_rotation, self.value_rotation)
+        wanted = "portable or none where the residual stream is not rotated"
+        require(folded, "rotation", "full", wanted)
+        known = self.output_format == FULL_FORMAT
+        wanted = f"portable or none for {self.output_format}, which cannot say what is"
+        require(known, "rotation", "full", f"{wanted} left to be done at inference")
+
+    @property
+    def rotates_online(self) -> bool:
+        """Whether a rotation is left to be done while the model runs."""
+        return not self.heads_rotation == self.mlp_rotation == "none"
 
     @property
     def sequences(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
+from rsq_stream.model.online import KEY, written_rotations
 from rsq_stream.schemes import GROUP_SIZES, HEAD_LINEAR, Scheme
 
 FORMAT = "pack-quantized"
@@ -27,7 +28,19 @@ _HEAD_PATTERN = f"re:.*{HEAD_LINEAR}$"
 def quantization_config(
     architecture: Architecture, plan: QuantizationPlan
 ) -> dict[str, Any]:
-    """Give the ``quantization_config`` of the output's config.json."""
+    """Give the ``quantization_config`` of the output's config.json; empty for none.
+
+    With a full rotation its ``quant_method`` is null, which every loader refuses: of
+    one that is merely unknown, transformers warns and goes on with random weights.
+    """
+    found = {} if plan.method == "rotate" else _compressed(architecture, plan)
+    if plan.rotates_online:
+        found |= {"quant_method": None, KEY: written_rotations(plan, architecture)}
+    return found
+
+
+def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str, Any]:
+    """Say how compressed-tensors finds the linears, and their schemes."""
     targets: dict[Scheme | None, list[str]] = {}
     for linear in LINEARS:
         inputs = architecture.linear_shape(linear)[1]
@@ -96,7 +109,7 @@ def schemes_of(
 ) -> dict[str, Scheme | None] | None:
     """Give each linear's scheme by its full name, None for one that is kept.
 
-    Without a ``quantization_config`` there is None in all. The head is among them.
+    For a model that is not quantized there is None in all. The head is among them.
 
     Raises
     ------
@@ -104,8 +117,8 @@ def schemes_of(
         The checkpoint is quantized in another way than this tool writes.
     """
     quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
+    if quantization is None or quantization.keys() == {"quant_method", KEY}:
+        return None  # in the second case it is rotated
     names = {block_prefix(b) + linear for b in range(blocks) for linear in LINEARS}
     found: dict[str, Scheme | None] = {}
     try:

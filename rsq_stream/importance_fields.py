@@ -45,6 +45,8 @@ class ImportanceFields:
     importance_truncate: float = 0.0
     importance_bins: int = 0
     importance_reverse: bool = False
+    importance_exact: bool = False
+    """Weights are not rounded to bf16."""
     importance_linears: tuple[str, ...] = ()
     """Roles of the linears whose Hessian is weighted; empty for all."""
 

@@ -33,6 +33,7 @@ from rsq_stream.model.architecture import (
     read_architecture,
 )
 from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.online import planned_rotations
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.output_place import require_apart
 from rsq_stream.passes import Passes, stopper
@@ -152,6 +153,7 @@ class _Run:
         compute = getattr(torch, plan.compute_type)
         family, length = self._architecture.family, plan.sequence_length
         self._rope = Rope(family, self._config, length, compute, device)
+        self._online = planned_rotations(plan, self._architecture)
         width, listener = self._architecture.width, passes.listener
         self._slots = RunSlots(plan, width, execution, place, listener)
 
@@ -213,9 +215,9 @@ class _Run:
         compute = getattr(torch, self._plan.compute_type)
         cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
         tensors.clear()
-        family, rope = self._architecture.family, self._rope
+        family, rope, online = self._architecture.family, self._rope, self._online
         (slots,) = self._slots.of_block(index)
-        block = Block(family, self._config, index, cast, rope)
+        block = Block(family, self._config, index, cast, rope, online=online)
         stream = Stream(block, slots, self._plan)
         types = self._source.linear_types(index)
         plan, passes = self._plan, self._passes

@@ -14,6 +14,23 @@ _METHODS = {
     "rotate": "none; the weights are rotated and otherwise as they were",
 }
 
+_LOADED_ANYWHERE = (
+    "Load it with transformers and compressed-tensors (0.18 or newer):",
+    "",
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    'model = AutoModelForCausalLM.from_pretrained("this folder")',
+    "```",
+)
+_LOADED_HERE = (
+    "Other loaders refuse it, as they would leave out what is done at inference:",
+    "",
+    "```python",
+    "import rsq_stream",
+    'model = rsq_stream.load_model("this folder")',
+    "```",
+)
+
 
 def model_card(
     plan: QuantizationPlan,
@@ -34,10 +51,11 @@ def model_card(
         }
     )
     bits = sorted({made.bits for made in records})
+    online = plan.rotates_online
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [quantized, compressed-tensors, rsq-stream]",
+        f"tags: [quantized, {'' if online else 'compressed-tensors, '}rsq-stream]",
         "---",
         f"# {architecture.family.causal_class},"
         + (f" {_span(bits)}-bit" if records else " rotated"),
@@ -54,7 +72,12 @@ def model_card(
         lines.append(
             f"- Rotation: {plan.residual_rotation} on the residual stream,"
             f" {plan.value_rotation} in each value head, folded into the weights;"
-            " nothing is left to do at inference"
+            + ("" if online else " nothing is left to do at inference")
+        )
+    if online:
+        lines[-1] += (
+            f" **done at inference**: {plan.heads_rotation} across the heads of"
+            f" o_proj's input, {plan.mlp_rotation} on down_proj's"
         )
     if plan.needs_calibration:
         lines.append(
@@ -78,14 +101,8 @@ def model_card(
             f"- Relative output error of the linears: median"
             f" {statistics.median(errors):.4f}, worst {max(errors):.4f}"
         )
+    lines += ["", *(_LOADED_HERE if online else _LOADED_ANYWHERE)]
     lines += [
-        "",
-        "Load it with transformers and compressed-tensors (0.18 or newer):",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("this folder")',
-        "```",
         "",
         "Plan, per-linear errors and checksums are in `rsq_stream.json`.",
         "",

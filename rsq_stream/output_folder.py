@@ -227,10 +227,9 @@ class OutputFolder:
     def _config(self) -> dict[str, Any]:
         config = dict(self._checkpoint.config)
         config["tie_word_embeddings"] = output_is_tied(self._architecture, self._plan)
-        if self._plan.method != "rotate":
-            config["quantization_config"] = quantization_config(
-                self._architecture, self._plan
-            )
+        quantization = quantization_config(self._architecture, self._plan)
+        if quantization:
+            config["quantization_config"] = quantization
         return config
 
     def _bits_per_weight(self) -> float:

@@ -168,6 +168,8 @@ def _unit_working_bytes(
     """Host bytes that one unit takes on its way through a stage, at the widest."""
     tokens = plan.unit_sequences * plan.sequence_length
     widths = 4 * architecture.width + 3 * architecture.mlp_width
+    if plan.mlp_rotation != "none":
+        widths += 2 * architecture.mlp_width  # two factors of a Hadamard product
     # Beside the pass itself: one unit read ahead, one waiting to be written.
     # With two streams, also the drift's errors beside their inputs.
     widths *= plan.streams

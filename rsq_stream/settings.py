@@ -15,7 +15,7 @@ from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
 from rsq_stream.config import QuantizationPlan, parse_share
-from rsq_stream.errors import UsageError, require
+from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.ops.walsh import package_version
@@ -61,7 +61,7 @@ class Settings:
     damping: float = 0.01
     shrinkage: float | None = None
     rotation: str | None = None
-    """``portable`` or ``none``; by default what the method does."""
+    """``portable``, ``full`` or ``none``; by default what the method does."""
     importance: str | None = None
     importance_min: float | None = None
     importance_max: float = 1.0
@@ -77,6 +77,7 @@ class Settings:
     importance_truncate: float = 0.0
     importance_bins: int = 0
     importance_reverse: bool = False
+    importance_exact: bool = False
     importance_linears: tuple[str, ...] = ()
     calibration: str = "wikitext2"
     samples: int = 256
@@ -127,12 +128,11 @@ def make_plan(
         A setting is out of bounds.
     """
     rotated = settings.method in ("rsq", "quarot", "rotate")
-    if settings.rotation not in (None, "portable", "none"):
-        raise UsageError(
-            f"--rotation must be portable or none, not {settings.rotation}"
-        )
     if settings.rotation is not None:
-        rotated = settings.rotation == "portable"
+        kinds, given = ("portable", "full", "none"), settings.rotation
+        require(given in kinds, "rotation", given, one_of(kinds))
+        rotated = given != "none"
+    full = settings.rotation == "full"
     length = sequence_length_for(architecture, settings.sequence_length)
     importance = settings.importance or (
         "attncon" if settings.method == "rsq" else "uniform"
@@ -182,6 +182,8 @@ def make_plan(
         shrinkage=chosen(settings.shrinkage, SHRINKAGE, 0.0),
         residual_rotation=rotation_name(architecture.width) if rotated else "none",
         value_rotation=rotation_name(architecture.head_width) if rotated else "none",
+        heads_rotation=rotation_name(architecture.heads) if full else "none",
+        mlp_rotation=rotation_name(architecture.mlp_width) if full else "none",
         importance=importance,
         importance_min=minimum,
         importance_max=settings.importance_max,

@@ -21,6 +21,7 @@ from rsq_stream.model.architecture import (
     Architecture,
     block_prefix,
 )
+from rsq_stream.model.online import planned_rotations
 from rsq_stream.model.rotate import ModelRotation
 from rsq_stream.packed_format import output_is_tied
 from rsq_stream.storage.journal import SourceRecord
@@ -138,7 +139,7 @@ class Source:
 def _rotation(
     plan: QuantizationPlan, architecture: Architecture
 ) -> ModelRotation | None:
-    """Build R1 and R2 from the plan; their signs come from the seed."""
+    """Build the plan's rotations; their signs come from the seed."""
     if plan.residual_rotation == "none":
         return None
     residual = make_rotation(plan.residual_rotation, architecture.width, plan.seed)
@@ -146,4 +147,4 @@ def _rotation(
     value = make_rotation(
         plan.value_rotation, architecture.head_width, plan.seed + 2**32
     )
-    return ModelRotation(residual, value)
+    return ModelRotation(residual, value, planned_rotations(plan, architecture))

@@ -21,14 +21,14 @@ from rsq_stream.token_importance import TokenImportance
 
 
 class TokenWeights:
-    """Importance of a block's tokens: one tensor, rounded to bf16.
+    """Importance of a block's tokens: one tensor, bf16 or for exact weights fp32.
 
     A tensor per unit would lie between what a pass allocates and gives back, and the
     heap would grow with every unit.
     """
 
     def __init__(self, weight_BT: Tensor, unit_sequences: int) -> None:
-        """Take weights ``[sequences, tokens]`` in bf16, those of a unit in a row."""
+        """Take weights ``[sequences, tokens]``, those of a unit in a row."""
         self.weight_BT = weight_BT
         self._unit_sequences = unit_sequences
 
@@ -37,7 +37,7 @@ class TokenWeights:
         return self._rows(unit).float().reshape(-1)
 
     def put(self, unit: int, weight_BT: Float[Tensor, "B T"]) -> None:
-        """Keep a unit's weights, which are exact in bf16."""
+        """Keep a unit's weights, which the type is exact for."""
         self._rows(unit).copy_(weight_BT)
 
     def _rows(self, unit: int) -> Tensor:
@@ -64,7 +64,8 @@ class StageStatistics:
         if known_BT is None:
             size = self.plan.sequences, self.plan.sequence_length
             device = self.streams[0].block.device
-            known_BT = torch.zeros(size, dtype=torch.bfloat16, device=device)
+            kept = torch.float32 if self.plan.importance_exact else torch.bfloat16
+            known_BT = torch.zeros(size, dtype=kept, device=device)
         self.token_weights = TokenWeights(known_BT, self.plan.unit_sequences)
 
     def weigh(self) -> TokenWeights:

@@ -30,7 +30,7 @@ class TokenImportance:
     def weights(
         self, unit: int, block: Block, x_BTD: Tensor, a_BTD: Tensor
     ) -> Float[Tensor, "B T"]:
-        """Give a unit's weights: mean 1 per sequence, exact in bf16.
+        """Give a unit's weights: mean 1 per sequence, in bf16 unless exact.
 
         ``x_BTD`` is the block's input, ``a_BTD`` that of its q, k, v; the block must
         hold the source's weights.
@@ -39,7 +39,8 @@ class TokenImportance:
         if plan.importance in HARD:
             kept = plan.kept_ranges(plan.sequence_length)
             weight_BT = chosen_tokens(x_BTD.shape[0], x_BTD.shape[1], kept)
-            return rounded(mean_one(weight_BT)).to(x_BTD.device)
+            weight_BT = mean_one(weight_BT).to(x_BTD.device)
+            return weight_BT if plan.importance_exact else rounded(weight_BT)
         weighting = Weighting(
             minimum=plan.importance_min,
             maximum=plan.importance_max,
@@ -52,6 +53,7 @@ class TokenImportance:
             truncate=plan.importance_truncate,
             bins=plan.importance_bins,
             reverse=plan.importance_reverse,
+            exact=plan.importance_exact,
         )
         return weighting.weights(self._scores(unit, block, x_BTD, a_BTD))
 

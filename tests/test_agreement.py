@@ -14,7 +14,6 @@ import torch
 from rsq_stream.cli.presets import PRESETS
 from transformers import AutoModelForCausalLM
 
-from rsq_stream.algorithm.rotation import make_rotation
 from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read_text
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from rsq_stream.execution import RunOptions
@@ -24,6 +23,7 @@ from rsq_stream.settings import Settings, make_plan
 from rsq_stream.storage.files import open_files
 from rsq_stream.storage.shards import Checkpoint
 from tests import textbook
+from tests.dense import textbook_rotations
 
 SAMPLES, LENGTH = 24, 256
 SIZES = {"samples": SAMPLES, "sequence_length": LENGTH}
@@ -89,24 +89,18 @@ def perplexities(
     ours = evaluate(Checkpoint(open_files(str(tmp_path / "out"))), judged_BT)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    rotated = plan.residual_rotation != "none"
-    width, head = architecture.width, architecture.head_width
+    rotations: dict[str, Any] = {**textbook_rotations(plan, architecture)}
     textbook.quantize_model(
         model,
         window_BT,
         method=settings.method,
         bits=settings.bits,
         group_size=settings.group_size,
-        q_DD=_dense(plan.residual_rotation, width, 0) if rotated else None,
-        r_KK=_dense(plan.value_rotation, head, 2**32) if rotated else None,
+        **rotations,
         importance_min=plan.importance_min,
+        exact=plan.importance_exact,
         propagate=plan.propagate,
         signed=plan.signed_scales,
         exponent=plan.clip_exponent,
     )
     return ours.perplexity, textbook.perplexity(model, judged_BT)
-
-
-def _dense(name: str, size: int, seed: int) -> torch.Tensor:
-    rotation = make_rotation(name, size, seed)
-    return rotation.apply(torch.eye(size, dtype=torch.float64))

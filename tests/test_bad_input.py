@@ -162,7 +162,10 @@ def test_no_such_folder(refused: Refused) -> None:
             ("--method", "awq"),
             "--method must be one of rsq, quarot, gptq, rtn, rotate, not awq",
         ),
-        (("--rotation", "full"), "--rotation must be portable or none, not full"),
+        (
+            ("--rotation", "fully"),
+            "--rotation must be one of portable, full, none, not fully",
+        ),
         (("--samples", "0"), "--samples must be 1 or more, not 0"),
         (("--sequence-length", "1"), "--sequence-length must be 2 or more, not 1"),
         (("--expand", "65"), "--expand must be 1 to the sequence length (64), not 65"),

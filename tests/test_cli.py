@@ -38,6 +38,7 @@ JOB_FLAGS = """
     --importance-tokens --importance-chunks --importance-power --importance-visible
     --importance-transform --importance-quantile --importance-skip --importance-mask
     --importance-truncate --importance-bins --importance-reverse --importance-linears
+    --importance-exact
     --keep-work --method --output --propagate --ram --restart
     --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
@@ -170,7 +171,7 @@ def test_a_file_leaves_no_path_in_the_plan() -> None:
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (Job(rotation="full"), "--rotation must be portable or none, not full"),
+        (Job(rotation="R1"), "--rotation must be one of portable, full, none, not R1"),
         (Job(sequence_length=0), "--sequence-length must be 2 or more, not 0"),
         (Job(symmetric=False, signed_scales=True), "--signed-scales needs --symmetric"),
         (Job(importance_tokens=9), "--importance-tokens needs --importance first-n or"),

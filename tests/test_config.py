@@ -35,6 +35,7 @@ PLAN: dict[str, Any] = {
     "importance_truncate": 0.0,
     "importance_bins": 0,
     "importance_reverse": False,
+    "importance_exact": False,
     "importance_linears": (),
     "source_sha256": "0" * 64,
     "method": "rsq",
@@ -70,6 +71,8 @@ PLAN: dict[str, Any] = {
     "tile_rows": 137,
     "shard_bytes": 1_000_000,
     "output_format": "compressed-tensors",
+    "heads_rotation": "none",
+    "mlp_rotation": "none",
     "maths_version": 1,
     "device_kind": "x86",
 }
@@ -97,6 +100,7 @@ OTHER: dict[str, Any] = {
     "importance_truncate": 0.1,
     "importance_bins": 4,
     "importance_reverse": True,
+    "importance_exact": True,
     "importance_linears": ("down_proj",),
     "source_sha256": "2" * 64,
     "method": "gptq",
@@ -132,6 +136,8 @@ OTHER: dict[str, Any] = {
     "tile_rows": 128,
     "shard_bytes": 1_000_001,
     "output_format": "gptq",
+    "heads_rotation": "hadamard-6",
+    "mlp_rotation": "hadamard-172",
     "maths_version": 2,
     "device_kind": "arm",
 }

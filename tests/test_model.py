@@ -114,8 +114,8 @@ def logits(toy: Toy, rotation: ModelRotation | None = None) -> Tensor:
 
 def rotation_of(toy: Toy) -> ModelRotation:
     sizes = toy.architecture.width, toy.architecture.head_width
-    made = (make_rotation(rotation_name(n), n, seed) for seed, n in enumerate(sizes))
-    return ModelRotation(*made)
+    r1, r2 = (make_rotation(rotation_name(n), n, seed) for seed, n in enumerate(sizes))
+    return ModelRotation(r1, r2)
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -21,8 +21,11 @@ def made(run: Run, *options: str) -> dict[str, object]:
 def test_the_papers_choices(run: Run, tmp_path: Path) -> None:
     found = made(run, "--preset", "rsq-paper", "--output", str(tmp_path / "out"))
     wanted = {**PRESETS["rsq-paper"], "clip_steps": 80, "importance_power": 1}
+    assert wanted.pop("rotation") == "full"
     assert {name: found[name] for name in wanted} == wanted
     assert found["residual_rotation"] == "hadamard-256"
+    assert found["heads_rotation"] == "hadamard-8"
+    assert found["mlp_rotation"] == "hadamard-512"
     assert found["tile_columns"] == 128
 
 

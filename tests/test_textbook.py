@@ -101,13 +101,15 @@ def test_in_float64_is_the_published_model(family):
     torch.testing.assert_close(ours_BTV, logits(published), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rotation_leaves_the_logits(family):
+def test_rotation_leaves_the_logits(family, full):
     model = tiny(family)
     before_BTV = logits(model)
     linear = model.model.layers[1].self_attn.q_proj
     weight_OI = linear.weight.clone()
-    rotate(model, **rotations(model))
+    online = {"heads_HH": orthogonal(6), "mlp_II": orthogonal(172)} if full else {}
+    rotate(model, **rotations(model), **online)
     torch.testing.assert_close(logits(model), before_BTV, rtol=0, atol=1e-9)
     assert (linear.weight - weight_OI).norm() > weight_OI.norm()
     assert model.model.norm.weight.unique().tolist() == [1]
@@ -231,6 +233,8 @@ def test_token_weights():
     expected_T = torch.tensor([2, 4, 3], dtype=torch.float64) / 3
     assert torch.equal(found_BT[0], expected_T.bfloat16().double())
     assert found_BT[1].tolist() == [1, 1, 1]
+    exact_BT = token_weights(torch.tensor([[1.0, 3.0, 2.0]]), 0.5, 1, exact=True)
+    assert torch.equal(exact_BT[0], expected_T)
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,16 @@ def attention_sums(q_HTK: Tensor, k_GTK: Tensor, scaling: float) -> Tensor:
     return scores_HTT.masked_fill(future_TT, -torch.inf).softmax(-1).sum((0, 1))
 
 
-def token_weights(column_sums_BT: Tensor, minimum: float, maximum: float) -> Tensor:
+def token_weights(
+    column_sums_BT: Tensor, minimum: float, maximum: float, *, exact: bool = False
+) -> Tensor:
     """Importance: affine to [minimum, maximum], then mean 1, then bfloat16."""
     sums_BT = column_sums_BT.double()
     low_B1, high_B1 = sums_BT.amin(1, keepdim=True), sums_BT.amax(1, keepdim=True)
     r_BT = minimum + (maximum - minimum) * (sums_BT - low_B1) / (high_B1 - low_B1)
     r_BT = torch.where(high_B1 == low_B1, 1.0, r_BT)  # all tokens matter alike
-    return _stored(r_BT / r_BT.mean(1, keepdim=True), torch.bfloat16)
+    w_BT = r_BT / r_BT.mean(1, keepdim=True)
+    return w_BT if exact else _stored(w_BT, torch.bfloat16)
 
 
 def received_attention(block: Model, hidden_BTD: Tensor, call: Any) -> Tensor:
@@ -75,8 +78,18 @@ def _norm_float64(module: Any, args: tuple[Tensor], _output: Tensor) -> Any:
 
 
 @torch.no_grad()
-def rotate(model: Model, q_DD: Tensor | None, r_KK: Tensor | None) -> None:
-    """Fold the gains, rotate the residual stream by ``q_DD`` and values by ``r_KK``."""
+def rotate(
+    model: Model,
+    q_DD: Tensor | None,
+    r_KK: Tensor | None,
+    heads_HH: Tensor | None = None,
+    mlp_II: Tensor | None = None,
+) -> None:
+    """Fold the gains, rotate the residual stream by ``q_DD`` and values by ``r_KK``.
+
+    With ``heads_HH`` o's input is rotated across the heads while the model runs, and
+    with ``mlp_II`` down's; their weights undo it.
+    """
     in_float64(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone())  # its own, if they were tied
@@ -91,6 +104,12 @@ def rotate(model: Model, q_DD: Tensor | None, r_KK: Tensor | None) -> None:
             _rotate_outputs(attention.v_proj, r_KK)
             heads_OHK = attention.o_proj.weight.unflatten(1, (-1, len(r_KK)))
             attention.o_proj.weight.copy_((heads_OHK @ r_KK).flatten(1))
+        if heads_HH is not None:
+            width = attention.o_proj.in_features // len(heads_HH)
+            whole_II = torch.kron(heads_HH.contiguous(), torch.eye(width).to(heads_HH))
+            _rotate_input(attention.o_proj, whole_II)
+        if mlp_II is not None:
+            _rotate_input(block.mlp.down_proj, mlp_II)
     for norm, linears in folds:
         for linear in linears:
             linear.weight.mul_(norm.weight)
@@ -100,6 +119,12 @@ def rotate(model: Model, q_DD: Tensor | None, r_KK: Tensor | None) -> None:
             module.weight.copy_(module.weight @ q_DD)
         for linear in writers:
             _rotate_outputs(linear, q_DD)
+
+
+def _rotate_input(linear: Any, q_II: Tensor) -> None:
+    """Read ``x @ q`` where the model gives ``x``; the weight becomes ``W @ q``."""
+    linear.weight.copy_(linear.weight @ q_II)
+    linear.register_forward_pre_hook(lambda _, args: (args[0] @ q_II,))
 
 
 def _rotate_outputs(linear: Any, r_KK: Tensor) -> None:
@@ -120,8 +145,11 @@ def quantize_model(
     group_size: int,
     q_DD: Tensor | None = None,
     r_KK: Tensor | None = None,
+    heads_HH: Tensor | None = None,
+    mlp_II: Tensor | None = None,
     importance_min: float = 0.005,
     importance_max: float = 1.0,
+    exact: bool = False,
     damping: float = 0.01,
     propagate: float = 0.0,
     dynamic: bool = True,
@@ -138,7 +166,7 @@ def quantize_model(
     """
     in_float64(model)
     if method in ("quarot", "rsq"):
-        rotate(model, q_DD, r_KK)
+        rotate(model, q_DD, r_KK, heads_HH, mlp_II)
         for name, parameter in model.named_parameters():
             if not name.endswith("_proj.weight"):
                 parameter.copy_(_stored(parameter, storage))
@@ -150,7 +178,9 @@ def quantize_model(
         weights_BT = torch.ones_like(hidden_BTD[:, :, 0])
         if method == "rsq":
             sums_BT = received_attention(block, hidden_BTD, call)
-            weights_BT = token_weights(sums_BT, importance_min, importance_max)
+            weights_BT = token_weights(
+                sums_BT, importance_min, importance_max, exact=exact
+            )
         source = deepcopy(block)
         run = partial(_outputs, block, hidden_BTD, call)
         full_run = partial(_outputs, source, full_BTD, call)

@@ -26,7 +26,8 @@ class Hessian:
         """Add units of (inputs ``[T, I]``, token weights ``[T]``), in their order.
 
         Inputs are fp32 (or bf16 on CUDA, where the products go in hi and lo
-        terms); the token weights must already be rounded to bf16.
+        terms). Token weights that are rounded to bf16 make those terms exact, others
+        leave an error of 2**-17 of a product at most.
         """
         inputs = self.matrix_II.shape[0]
 
@@ -48,8 +49,8 @@ def accumulate(
 ) -> None:
     """Compute ``panel += x_TI^T (w * x_TC)`` in place, accumulating in fp32.
 
-    fp32 inputs: one fp32 product. bf16 inputs: w * x has 16 significant bits, so
-    it is the exact sum of two bf16 terms; two products with fp32 results.
+    fp32 inputs: one fp32 product. bf16 inputs: two products with fp32 results, of the
+    terms that w * x is the sum of; with w in bf16 it has 16 significant bits, no more.
     """
     weighted_TC = weight_T[:, None] * x_TC.float()
     if x_TI.dtype == torch.float32:

@@ -37,9 +37,11 @@ class Weighting:
     bins: int = 0
     """So many equal shares of the tokens get weights evenly from min to max."""
     reverse: bool = False
+    exact: bool = False
+    """Do not round to bf16."""
 
     def weights(self, score_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Give weights of mean 1 per sequence, exact in bf16."""
+        """Give weights of mean 1 per sequence, rounded to bf16 unless exact."""
         score_BT = -score_BT if self.reverse else score_BT
         score_BT = transformed(seen(score_BT, self.visible), self.transform)
         spread_BT = affine(
@@ -55,7 +57,8 @@ class Weighting:
             spread_BT = spread_BT.masked_fill(lowest(score_BT, self.truncate), 0.0)
         elif self.bins > 0:
             spread_BT = binned(score_BT, self.bins, self.minimum, self.maximum)
-        return rounded(mean_one(spread_BT.pow(self.power)))
+        weight_BT = mean_one(spread_BT.pow(self.power))
+        return weight_BT if self.exact else rounded(weight_BT)
 
 
 def seen(score_BT: Float[Tensor, "B T"], visible: str) -> Float[Tensor, "B T"]:

@@ -50,6 +50,22 @@ class Rotation:
         """Rotate each run of ``size`` columns by itself: ``x (I kron Q)``."""
         return self.apply(x_LN.reshape(-1, self.size)).reshape(x_LN.shape)
 
+    def apply_across_heads(self, x_LN: Float[Tensor, "L N"]) -> Float[Tensor, "L N"]:
+        """Mix the ``size`` heads of each row, place by place: ``x (Q kron I)``."""
+        x_LKH = x_LN.reshape(len(x_LN), self.size, -1).transpose(1, 2)
+        mixed_LKH = self.apply(x_LKH.reshape(-1, self.size)).reshape(x_LKH.shape)
+        return mixed_LKH.transpose(1, 2).reshape(x_LN.shape)
+
+    def fingerprint(self) -> float:
+        """Give a number that another construction of Q can be checked with.
+
+        ``sum_j (x Q)_j cos(j)`` of the row ``x_j = (j mod 97) / 97``, j from 0; six
+        decimals.
+        """
+        place_N = torch.arange(self.size, dtype=torch.float64)
+        turned_N = self.apply((place_N % 97 / 97)[None])[0]
+        return round(float(turned_N @ place_N.cos()), 6)
+
 
 def rotation_name(size: int) -> str:
     """Choose the rotation for a size; the name goes into the plan."""

@@ -16,6 +16,7 @@ from rsq_stream.model.architecture import (
     read_architecture,
 )
 from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.online import read_rotations
 from rsq_stream.packed_format import decode_linear
 from rsq_stream.schemes import HEAD_LINEAR, Scheme
 from rsq_stream.storage.shards import Checkpoint
@@ -42,6 +43,7 @@ class ModelReader:
         self._schemes = (
             schemes_of(checkpoint.config, self.architecture.blocks, where) or {}
         )
+        self.online = read_rotations(checkpoint.config, self.architecture, where)
         self.device = device
         scheme = served_scheme(checkpoint) if scheme is None else scheme
         scheme.require_whole_groups(self.architecture.linear_inputs())
@@ -79,12 +81,24 @@ class ModelReader:
 
     def block(self, index: int, rope: Rope) -> Block:
         """Read and decode one block, ready to run."""
-        tensors = {
+        tensors = self.block_tensors(index)
+        family = self.architecture.family
+        return Block(
+            family,
+            self.config,
+            index,
+            tensors,
+            rope,
+            online=self.online,
+            quantizer=self._quantizer,
+        )
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """Read and decode one block, by the names in it."""
+        return {
             name: self._tensor(block_prefix(index), name, shape)
             for name, shape in self.architecture.block_shapes().items()
         }
-        family = self.architecture.family
-        return Block(family, self.config, index, tensors, rope, self._quantizer)
 
     def _tensor(self, prefix: str, name: str, shape: tuple[int, ...]) -> Tensor:
         linear = prefix + name.removesuffix(".weight")

@@ -2,7 +2,8 @@
 
 The layer is transformers' own, built without memory and filled with the block's
 tensors. o_proj and down_proj are taken out of their modules, so that these give
-their inputs; the block's stages are then
+their inputs; the block's stages are then, with what of a full rotation is online
+applied to c and u,
 
     a = norm1(x);  c = attention(q(a), k(a), v(a));  h = x + o(c)
     m = norm2(h);  u = act(gate(m)) * up(m);         x' = h + down(u)
@@ -22,6 +23,7 @@ from transformers import PretrainedConfig
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import Family
 from rsq_stream.model.attention import NAME as ATTENTION
+from rsq_stream.model.online import NO_ROTATIONS, OnlineRotations
 
 
 def transformers_class(family: Family, suffix: str) -> type:
@@ -32,13 +34,19 @@ def transformers_class(family: Family, suffix: str) -> type:
     return found
 
 
-def layer_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
-    """Build transformers' config object, with this tool's attention function."""
+def model_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
+    """Build transformers' config object, without any quantization."""
     kind = family.model_type
     module = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
     made: PretrainedConfig = getattr(module, family.stem + "Config").from_dict(
         {key: value for key, value in config.items() if key != "quantization_config"}
     )
+    return made
+
+
+def layer_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
+    """Build transformers' config object, with this tool's attention function."""
+    made = model_config(family, config)
     made._attn_implementation = ATTENTION
     return made
 
@@ -71,6 +79,8 @@ class Block:
         index: int,
         tensors: Mapping[str, Tensor],
         rope: Rope,
+        *,
+        online: OnlineRotations = NO_ROTATIONS,
         quantizer: ActivationQuantizer = AS_COMPUTED,
     ) -> None:
         with torch.device("meta"):
@@ -89,6 +99,7 @@ class Block:
         self._attention.o_proj = nn.Identity()
         self._mlp.down_proj = nn.Identity()
         self._rope = rope
+        self._online = online
         self._quantizer = quantizer
 
     @property
@@ -117,9 +128,9 @@ class Block:
         return sums_BT
 
     def attention_output(self, a_BTD: Tensor) -> Tensor:
-        """Compute c = attention(q(a), k(a), v(a)): the input of o."""
+        """Compute c = attention(q(a), k(a), v(a)): the input of o, rotated."""
         c_BTI, _ = self._attend(a_BTD)
-        return self._quantizer.inputs(c_BTI)
+        return self._quantizer.inputs(self._online.of_attention(c_BTI))
 
     def after_attention(self, x_BTD: Tensor, c_BTI: Tensor) -> Tensor:
         """Compute h = x + o(c)."""
@@ -131,8 +142,9 @@ class Block:
         return self._quantizer.inputs(self._mlp_norm(h_BTD))
 
     def mlp_output(self, m_BTD: Tensor) -> Tensor:
-        """Compute u = act(gate(m)) * up(m): the input of down."""
-        return self._quantizer.inputs(self._mlp(m_BTD))
+        """Compute u = act(gate(m)) * up(m): the input of down, rotated."""
+        u_BTI: Tensor = self._mlp(m_BTD)
+        return self._quantizer.inputs(self._online.of_mlp(u_BTI))
 
     def after_mlp(self, h_BTD: Tensor, u_BTI: Tensor) -> Tensor:
         """Compute x' = h + down(u): the input of the next block."""

@@ -1,9 +1,10 @@
-"""Fold norm gains and rotations into a block's weights: the portable form.
+"""Fold norm gains and rotations into a block's weights.
 
 R1, on the residual stream: E <- E Q, W_in <- W_in diag(g) Q, W_out <- Q^T W_out.
 R2, inside each value head: v's outputs times R, o's inputs likewise, so that
 attention mixes rotated values and o undoes it. Nothing is left to do at
-inference. All in fp32; the caller rounds once.
+inference: the portable form. A full rotation also folds what ``online.py`` does to
+the inputs of o and down into their weights. All in fp32; the caller rounds once.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.rotation import Rotation
 from rsq_stream.model.architecture import ATTENTION_NORM, MLP_NORM
+from rsq_stream.model.online import NO_ROTATIONS, OnlineRotations
 
 _READS_RESIDUAL = {
     "self_attn.q_proj": ATTENTION_NORM,
@@ -27,10 +29,11 @@ _ROWS = 8192
 
 @dataclass(frozen=True)
 class ModelRotation:
-    """R1 and R2 of a model; applied to whatever part of it is at hand."""
+    """The rotations of a model; applied to whatever part of it is at hand."""
 
     residual: Rotation
     value: Rotation
+    online: OnlineRotations = NO_ROTATIONS
 
     def block(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rotate a block's tensors, fp32, by their names in the block."""
@@ -48,12 +51,14 @@ class ModelRotation:
         )
         rotated[MLP_NORM] = rotated[ATTENTION_NORM].clone()
         value, bias = "self_attn.v_proj.weight", "self_attn.v_proj.bias"
-        output = "self_attn.o_proj.weight"
+        output, down = "self_attn.o_proj.weight", "mlp.down_proj.weight"
         rotated[value] = self.value.apply_per_head(rotated[value].T.contiguous()).T
         rotated[value] = rotated[value].contiguous()
         if bias in rotated:
             rotated[bias] = self.value.apply_per_head(rotated[bias][None])[0]
         rotated[output] = self.value.apply_per_head(rotated[output])
+        rotated[output] = self.online.of_attention(rotated[output])
+        rotated[down] = self.online.of_mlp(rotated[down])
         return rotated
 
     def embedding(self, weight_VD: Tensor) -> Tensor:
