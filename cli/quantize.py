@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsq_stream.events import LinearRecord
+from rsq_stream.schemes import INTEGER
 
 from .bits import explained, require_free, with_bits
 from .findings import notices_of, warnings_of
@@ -87,14 +88,19 @@ def _report(
         return
     for text in notices:
         remark("notice", text)
-    loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
+    loader = (
+        f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
+        "  # transformers, compressed-tensors"
+    )
+    if made.plan.grid != INTEGER:
+        loader = f'rsq_stream.load_model("{summary.output}")'
     rows = {
         "output": str(summary.output),
         "size": exact_size(summary.output_bytes),
         "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
         **_errors(summary.records),
         "time": duration(summary.seconds),
-        "load it": f"{loader}  # transformers, compressed-tensors",
+        "load it": loader,
         "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
     }
     say(facts(rows))

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsq_stream.errors import one_of, require
+from rsq_stream.grid_checks import check_grid
 from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.schemes import (
+    COMPRESSED_TENSORS,
     GROUP_SIZES,
     HEAD_LINEAR,
+    INTEGER,
     KEPT,
     Override,
     Scheme,
@@ -109,7 +112,9 @@ class QuantizationPlan(ImportanceFields):
     """Output rows per tile of the solve."""
     shard_bytes: int
     """Largest output shard (a single larger tensor gets its own)."""
-    output_format: str = "compressed-tensors"
+    grid: str = INTEGER
+    """What codes stand for: ``integer``, ``nf`` (NormalFloat), ``e8p`` (a lattice)."""
+    output_format: str = COMPRESSED_TENSORS
     maths_version: int = MATHS_VERSION
     device_kind: str = ""
     """Processor and library versions that the bits depend on."""
@@ -139,6 +144,7 @@ class QuantizationPlan(ImportanceFields):
         require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
         require(0 <= self.shrinkage <= 99, "shrinkage", self.shrinkage, "0 to 99")
         require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
+        check_grid(self, own)
         _shares(self.propagate_overrides)
         require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
         for name in ("cache_type", "compute_type"):
@@ -243,7 +249,7 @@ class QuantizationPlan(ImportanceFields):
         size = self.group_size if own.group_size is None else own.group_size
         if size != -1 and inputs % size:
             size = -1
-        return Scheme(own.bits, size, self.symmetric)
+        return Scheme(own.bits, size, self.symmetric, self.grid)
 
 
 @functools.lru_cache(maxsize=8)

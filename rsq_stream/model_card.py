@@ -5,6 +5,7 @@ import statistics
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import Architecture
+from rsq_stream.schemes import GRID_NAMES, INTEGER
 
 _METHODS = {
     "rsq": "RSQ (rotate, weigh tokens by the attention they receive, GPTQ)",
@@ -13,6 +14,22 @@ _METHODS = {
     "rtn": "rounding to nearest",
     "rotate": "none; the weights are rotated and otherwise as they were",
 }
+_WITH_TRANSFORMERS = (
+    "Load it with transformers and compressed-tensors (0.18 or newer):",
+    "",
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    'model = AutoModelForCausalLM.from_pretrained("this folder")',
+    "```",
+)
+_WITH_RSQ_STREAM = (
+    "No runtime reads these codes; rsq-stream gives a transformers model:",
+    "",
+    "```python",
+    "import rsq_stream",
+    'model = rsq_stream.load_model("this folder")',
+    "```",
+)
 
 
 def model_card(
@@ -26,6 +43,8 @@ def model_card(
         "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
     )
     grid = "symmetric" if plan.symmetric else "asymmetric"
+    grid = GRID_NAMES.get(plan.grid, grid)
+    own = plan.grid != INTEGER
     fallbacks = sorted(
         {
             made.name.split(".", 3)[-1]
@@ -37,7 +56,9 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [quantized, compressed-tensors, rsq-stream]",
+        "tags: [quantized, compressed-tensors, rsq-stream]"
+        if not own
+        else "tags: [quantized, rsq-stream]",
         "---",
         f"# {architecture.family.causal_class},"
         + (f" {_span(bits)}-bit" if records else " rotated"),
@@ -75,12 +96,7 @@ def model_card(
         )
     lines += [
         "",
-        "Load it with transformers and compressed-tensors (0.18 or newer):",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("this folder")',
-        "```",
+        *(_WITH_RSQ_STREAM if own else _WITH_TRANSFORMERS),
         "",
         "Plan, per-linear errors and checksums are in `rsq_stream.json`.",
         "",

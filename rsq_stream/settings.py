@@ -19,7 +19,16 @@ from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.ops.walsh import package_version
 from rsq_stream.patterns import resolve
-from rsq_stream.schemes import HEAD_LINEAR, KEPT, Override, parse_override
+from rsq_stream.schemes import (
+    COMPRESSED_TENSORS,
+    GRID_FORMAT,
+    HEAD_LINEAR,
+    INTEGER,
+    KEPT,
+    LATTICE,
+    Override,
+    parse_override,
+)
 from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
@@ -51,6 +60,7 @@ class Settings:
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
     head_bits: int = KEPT
+    grid: str = INTEGER
     symmetric: bool = True
     signed_scales: bool = True
     group_scales: str = "dynamic"
@@ -161,8 +171,13 @@ def make_plan(
         overrides=own_schemes(
             architecture, settings, tied=architecture.tied and not rotated
         ),
+        grid=settings.grid,
+        output_format=COMPRESSED_TENSORS if settings.grid == INTEGER else GRID_FORMAT,
         symmetric=settings.symmetric,
-        signed_scales=settings.signed_scales and settings.symmetric,
+        # The lattice is its own mirror.
+        signed_scales=settings.signed_scales
+        and settings.symmetric
+        and settings.grid != LATTICE,
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,

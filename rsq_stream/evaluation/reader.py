@@ -1,5 +1,7 @@
 """One way to read a source or a quantized checkpoint: as full-precision tensors."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class ModelReader:
         )
         self.device = device
         norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
+        self.stored_type = norm.dtype
         self.compute_type = norm.dtype if device.type == "cuda" else torch.float32
 
     @property
@@ -62,12 +65,25 @@ class ModelReader:
         self._checkpoint.entry(name, self.architecture.outer_shapes()[name])
         return self._checkpoint.read(name)
 
-    def block(self, index: int, rope: Rope) -> Block:
-        """Read and decode one block, ready to run."""
-        tensors = {
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor by its full name, linears decoded."""
+        yield EMBEDDING, self.embedding()
+        yield FINAL_NORM, self.final_norm()
+        if not self.architecture.tied:
+            yield HEAD, self.head()
+        for index in range(self.architecture.blocks):
+            for name, tensor in self._block(index).items():
+                yield block_prefix(index) + name, tensor
+
+    def _block(self, index: int) -> dict[str, Tensor]:
+        return {
             name: self._tensor(block_prefix(index), name, shape)
             for name, shape in self.architecture.block_shapes().items()
         }
+
+    def block(self, index: int, rope: Rope) -> Block:
+        """Read and decode one block, ready to run."""
+        tensors = self._block(index)
         family = self.architecture.family
         return Block(family, self.config, index, tensors, rope)
 
