@@ -1,6 +1,6 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver|defaults|bpw]
+    python benchmarks/methods.py [--table methods|solver|defaults|bpw|grids]
                                  [--settings 3:-1 2:64 2:64:16:8]
                                  [--model DIR --calibration FILE --text FILE]
 
@@ -39,6 +39,16 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "3 bits": {"bits": 3},
         "--bpw 8.69": {"bits": None, "bpw": 8.69},
         "4 bits": {"bits": 4},
+    },
+    "grids": {
+        "integers": {},
+        "integers, asymmetric": {"symmetric": False},
+        "nf": {"grid": "nf"},
+        "e8p": {"grid": "e8p"},
+        "e8p, no sweeps": {"grid": "e8p", "sweeps": 0},
+        "e8p, no refit": {"grid": "e8p", "refit": False},
+        "e8p, neither": {"grid": "e8p", "sweeps": 0, "refit": False},
+        "e8p, 6 sweeps": {"grid": "e8p", "sweeps": 6},
     },
     "importance": {
         **{

@@ -245,21 +245,47 @@ def _best_scale(  # pragma: no cover - compiled
     mirrored: bool,
     best: np.ndarray,
 ) -> None:
+    candidates = scale.shape[1]
+    signed = np.empty(candidates, dtype=np.float32)
+    inverse = np.empty(candidates, dtype=np.float32)
+    x = np.empty(candidates, dtype=np.float32)
+    nearest = np.empty(candidates, dtype=np.float32)
+    total = np.empty(candidates, dtype=np.float32)
     half = np.float32(0.5) * exponent
     squared = exponent == np.float32(2.0)
+    # Up to 4 bits a chain of choices is quicker than a search: it takes vectors.
+    chained = middle.shape[0] <= 15
     for r in range(target.shape[0]):
         least = np.float32(np.inf)
         choice = 0
         for turn in range(2 if mirrored else 1):
-            for p in range(scale.shape[1]):
-                s = scale[r, p] if turn == 0 else -scale[r, p]
-                inverse = np.float32(1.0) / s
-                total = np.float32(0.0)
-                for c in range(target.shape[1]):
-                    t = target[r, c]
-                    e = t - s * value[_code_of(t * inverse, middle)]
-                    total += e * e if squared else (e * e) ** half
-                if total < least:
-                    least = total
+            for p in range(candidates):
+                signed[p] = scale[r, p] if turn == 0 else -scale[r, p]
+                inverse[p] = np.float32(1.0) / signed[p]
+                total[p] = np.float32(0.0)
+            for c in range(target.shape[1]):
+                t = target[r, c]
+                for p in range(candidates):
+                    x[p] = t * inverse[p]
+                    nearest[p] = value[0]
+                if chained:
+                    for m in range(middle.shape[0]):
+                        bound, above = middle[m], value[m + 1]
+                        for p in range(candidates):
+                            nearest[p] = above if x[p] > bound else nearest[p]
+                else:
+                    for p in range(candidates):
+                        nearest[p] = value[_code_of(x[p], middle)]
+                if squared:
+                    for p in range(candidates):
+                        e = t - signed[p] * nearest[p]
+                        total[p] += e * e
+                else:
+                    for p in range(candidates):
+                        e = t - signed[p] * nearest[p]
+                        total[p] += (e * e) ** half
+            for p in range(candidates):
+                if total[p] < least:
+                    least = total[p]
                     choice = p if turn == 0 else -1 - p
         best[r] = choice
