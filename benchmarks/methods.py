@@ -1,6 +1,6 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver|defaults|bpw|w4a4kv4]
+    python benchmarks/methods.py [--table NAME, see TABLES]
                                  [--settings 3:-1 2:64 2:64:16:8]
                                  [--model DIR --calibration FILE --text FILE]
 
@@ -49,6 +49,16 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             *((name, {"method": name}) for name in ("gptq", "quarot", "rsq")),
             ("rsq calibrated as served", scheme),
         )
+    },
+    "grids": {
+        "integers": {},
+        "integers, asymmetric": {"symmetric": False},
+        "nf": {"grid": "nf"},
+        "e8p": {"grid": "e8p"},
+        "e8p, no sweeps": {"grid": "e8p", "sweeps": 0},
+        "e8p, no refit": {"grid": "e8p", "refit": False},
+        "e8p, neither": {"grid": "e8p", "sweeps": 0, "refit": False},
+        "e8p, 6 sweeps": {"grid": "e8p", "sweeps": 6},
     },
     "importance": {
         **{

@@ -6,6 +6,7 @@ from typing import Any
 
 from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import OutputError
+from rsq_stream.schemes import GRID_NAMES
 
 from .options import AllLinears, Debug, Json, OutputFolder, Quiet
 from .text import exact_size, facts, say, say_json, table
@@ -70,6 +71,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
     plan, linears = manifest["plan"], manifest["linears"]
     sizes = {name: int(file["bytes"]) for name, file in manifest["files"].items()}
     grid = "symmetric" if plan["symmetric"] else "asymmetric"
+    grid = GRID_NAMES.get(plan["grid"], grid)
     group = "one scale a row" if plan["group_size"] == -1 else str(plan["group_size"])
     rows = {
         "method": str(plan["method"]),

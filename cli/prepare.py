@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import UsageError, one_of
 from rsq_stream.execution import ExecutionPlan, RunOptions
+from rsq_stream.schemes import INTEGER, LATTICE
 
 from .job import Job
 from .text import parse_size
@@ -94,6 +95,10 @@ def settings_of(job: Job) -> "Settings":
         )
     if job.signed_scales and not job.symmetric:
         raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
+    if job.signed_scales and job.grid == LATTICE:
+        raise UsageError(f"--signed-scales: --grid {LATTICE} is its own mirror")
+    if job.bpw is not None and job.grid != INTEGER:
+        raise UsageError(f"--bpw chooses among integers: leave --grid {job.grid} out")
     if job.bpw is not None and job.bits is not None:
         raise UsageError("--bpw chooses the bits: leave --bits out")
     if job.bpw is not None and job.method in ("rtn", "rotate"):

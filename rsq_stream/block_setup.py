@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.solver import Solution
 from rsq_stream.block_progress import BlockProgress
-from rsq_stream.block_solver import BlockSolver, Keep, make_grid
+from rsq_stream.block_solver import BlockSolver, Keep
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import ExecutionPlan
+from rsq_stream.grids import make_grid
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
 from rsq_stream.model.block import Block, Rope, layer_config

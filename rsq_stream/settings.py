@@ -14,13 +14,23 @@ import torch
 from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
-from rsq_stream.config import QuantizationPlan, parse_share
+from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.ops.walsh import package_version
 from rsq_stream.patterns import resolve
-from rsq_stream.schemes import HEAD_LINEAR, KEPT, Override, parse_override
+from rsq_stream.propagation_fields import parse_share
+from rsq_stream.schemes import (
+    COMPRESSED_TENSORS,
+    GRID_FORMAT,
+    HEAD_LINEAR,
+    INTEGER,
+    KEPT,
+    LATTICE,
+    Override,
+    parse_override,
+)
 from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
@@ -53,6 +63,7 @@ class Settings:
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
     head_bits: int = KEPT
+    grid: str = INTEGER
     symmetric: bool = True
     signed_scales: bool = True
     group_scales: str = "dynamic"
@@ -170,8 +181,13 @@ def make_plan(
         overrides=own_schemes(
             architecture, settings, tied=architecture.tied and not rotated
         ),
+        grid=settings.grid,
+        output_format=COMPRESSED_TENSORS if settings.grid == INTEGER else GRID_FORMAT,
         symmetric=settings.symmetric,
-        signed_scales=settings.signed_scales and settings.symmetric,
+        # The lattice is its own mirror.
+        signed_scales=settings.signed_scales
+        and settings.symmetric
+        and settings.grid != LATTICE,
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,

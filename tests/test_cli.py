@@ -34,7 +34,7 @@ JOB_FLAGS = """
     --clip-exponent --damping --device --expand --no-act-order --no-refit --refit
     --sweeps --propagate-override --residual-correction --no-residual-correction
     --bpw --shrinkage --preset --head-bits --override
-    --group-scales --group-size --importance --importance-max --importance-min
+    --grid --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --importance-chunks --importance-power --importance-visible
     --importance-transform --importance-quantile --importance-skip --importance-mask
     --importance-truncate --importance-bins --importance-reverse --importance-linears

@@ -49,6 +49,7 @@ class ModelReader:
         scheme.require_whole_groups(self.architecture.linear_inputs())
         self._quantizer = ActivationQuantizer(scheme)
         norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
+        self.stored_type = norm.dtype
         self.compute_type = norm.dtype if device.type == "cuda" else torch.float32
 
     @property
