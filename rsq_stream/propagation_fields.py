@@ -10,6 +10,8 @@ from rsq_stream.errors import require
 class PropagationFields:
     """The second stream, in full precision, and what is done with it."""
 
+    __slots__ = ()
+
     propagate: float
     """How much of the error of earlier layers a linear's targets make up for; 0 for
     none, and then no full-precision stream is carried."""

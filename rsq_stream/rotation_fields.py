@@ -13,6 +13,8 @@ _MARKED_FORMATS = (COMPRESSED_TENSORS, GRID_FORMAT)
 class RotationFields:
     """Rotations: those folded into weights, and those done while the model runs."""
 
+    __slots__ = ()
+
     residual_rotation: str
     """R1, as ``Rotation.name`` gives it, or ``none``."""
     value_rotation: str

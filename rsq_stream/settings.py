@@ -4,8 +4,6 @@ Every default is filled in here; what depends on the machine's memory is the pla
 """
 
 import dataclasses
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,10 +13,10 @@ from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
 from rsq_stream.config import QuantizationPlan
+from rsq_stream.device_kind import device_kind
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
-from rsq_stream.ops.walsh import package_version
 from rsq_stream.patterns import resolve
 from rsq_stream.propagation_fields import parse_share
 from rsq_stream.schemes import (
@@ -284,21 +282,3 @@ def _linears(architecture: Architecture) -> dict[str, int | None]:
         for block in range(architecture.blocks)
         for linear in LINEARS
     }
-
-
-def device_kind(device: torch.device) -> str:
-    """Name the processor and the library versions that the bits depend on."""
-    torch_version = importlib.metadata.version("torch")
-    if device.type == "cuda":
-        made = torch.cuda.get_device_properties(device)
-        return (
-            f"cuda {made.major}.{made.minor}, {made.multi_processor_count}"
-            f" multiprocessors, torch {torch_version}, {package_version()}"
-        )
-    blas = "mkl" if torch.backends.mkl.is_available() else "openblas"
-    numba_version = importlib.metadata.version("numba")
-    level = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"cpu {platform.machine()} {level}, torch {torch_version} {blas},"
-        f" numba {numba_version}"
-    )
