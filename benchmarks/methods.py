@@ -87,8 +87,9 @@ _USUAL = {"bits": 3, "group_size": -1, "samples": 64, "expand": 1}
 
 def perplexity(folder: Path, options: argparse.Namespace) -> float:
     """Measure a folder on the held-out text, as ``eval`` does."""
-    from rsq_stream.calibration import read_text
     from rsq_stream.cli.prepare import open_checkpoint, tokenizer_of
+
+    from rsq_stream.calibration import read_text
     from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 
     checkpoint = open_checkpoint(str(folder))
@@ -110,6 +111,7 @@ def measured(
     from rsq_stream.cli.bits import with_bits
     from rsq_stream.cli.job import Job
     from rsq_stream.cli.prepare import prepare
+
     from rsq_stream.pipeline import quantize
 
     options, row = task

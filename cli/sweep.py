@@ -74,18 +74,19 @@ def sweep(
     if left_out and not silent:
         names = ", ".join(left_out)
         remark("notice", f"{names} left out: not of the kind of {made.places[0].name}")
+    began = not made.folder.is_new
+    if dry_run or not began:
+        runs = _runs(made, keep=False)
+        _require_texts(made, runs)  # before anything is written
     if dry_run:
-        _list(made, _runs(made, keep=False), as_json=as_json)
+        _list(made, runs, as_json=as_json)
         return
     with made.folder:
         runs = _runs(made, keep=True)
         made.folder.clean()
-        missing = _missing(made.folder, runs)
-        if missing:
-            rows = {run.name for run in missing}
-            left = [plan for plan in made.planned if plan.row.name in rows]
-            require_texts(made.file, left, made.evaluation)
-        failures = _run(made, runs, missing, keep_models=keep_models, silent=silent)
+        if began:
+            _require_texts(made, runs)
+        failures = _run(made, runs, keep_models=keep_models, silent=silent)
         _report(made, runs, failures, as_json=as_json, quiet=quiet)
 
 
@@ -124,6 +125,14 @@ def _runs(made: _Sweep, *, keep: bool) -> list[Run]:
     return runs_of(made.file, made.planned, made.evaluation, models)
 
 
+def _require_texts(made: _Sweep, runs: Sequence[Run]) -> None:
+    """Check the texts of what is still to run; a finished sweep needs none."""
+    names = {run.name for run in _missing(made.folder, runs)}
+    left = [planned for planned in made.planned if planned.row.name in names]
+    if left:
+        require_texts(made.file, left, made.evaluation)
+
+
 def _missing(folder: SweepFolder, runs: Sequence[Run]) -> list[Run]:
     """Give the runs without a result; rows that say the same share one."""
     by_key = {run.key: run for run in reversed(runs)}
@@ -135,13 +144,13 @@ def _missing(folder: SweepFolder, runs: Sequence[Run]) -> list[Run]:
 def _run(
     made: _Sweep,
     runs: Sequence[Run],
-    missing: Sequence[Run],
     *,
     keep_models: bool,
     silent: bool,
 ) -> dict[str, str]:
     """Do the missing runs; gives the failures by the key of the run."""
-    folder, total = made.folder, len({run.key for run in runs})
+    folder, missing = made.folder, _missing(made.folder, runs)
+    total = len({run.key for run in runs})
     done = total - len(missing)
     if not silent:
         where = ", ".join(dict.fromkeys(place.name for place in made.places))
@@ -150,6 +159,8 @@ def _run(
             f"{total} runs, {done} of them finished; {len(made.places)} at a time on"
             f" {where}; results and logs are in {folder.path}",
         )
+    if keep_models and not silent:
+        _say_what_is_not_kept(folder, runs)
     failures: dict[str, str] = {}
     with StopRequest() as stop:
         begin = _beginner(made, keep_models=keep_models)
@@ -158,7 +169,7 @@ def _run(
             if ended.failure is not None:
                 failures[run.key] = ended.failure
                 at = folder.run_folder(run.key)
-                hint = f"log.txt and what is done are in {at}"
+                hint = f"its log.txt is in {at}; remove that to start it over"
                 remark("failed", f"{run.label}: {ended.failure}; {hint}")
                 continue
             done += 1
@@ -179,6 +190,18 @@ def _run(
                 " on where each stopped"
             )
     return failures
+
+
+def _say_what_is_not_kept(folder: SweepFolder, runs: Sequence[Run]) -> None:
+    """Name results whose model was removed when they were made."""
+    found = {run.key: folder.result(run.key) for run in runs}
+    gone = [key for key, result in found.items() if result and not result["output"]]
+    if gone:
+        remark(
+            "notice",
+            f"--keep-models: {len(gone)} finished runs have no model any more; remove"
+            f" their files to run them again, such as {folder.result_path(gone[0])}",
+        )
 
 
 def _beginner(made: _Sweep, *, keep_models: bool) -> Callable[[Run, Place], Path]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from rsq_stream.cli.main import main
+
 from rsq_stream.demo import MODEL
 from tests.cli_runs import Run
 from tests.toy import quick_folder

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from rsq_stream.cli.presets import PRESETS
 from transformers import AutoModelForCausalLM
 
 from rsq_stream.algorithm.rotation import make_rotation
 from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read_text
-from rsq_stream.cli.presets import PRESETS
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from rsq_stream.execution import RunOptions
 from rsq_stream.pipeline import quantize

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import typer.main
-
-from rsq_stream import __version__
 from rsq_stream.cli.findings import far_above_peers, notices_of, warnings_of
 from rsq_stream.cli.job import Job
 from rsq_stream.cli.main import COMMANDS, bounded, explained, main, make_app
 from rsq_stream.cli.prepare import prepare, settings_of
 from rsq_stream.cli.progress import Lines, LiveLine
 from rsq_stream.cli.text import duration, parse_size, size
+
+from rsq_stream import __version__
 from rsq_stream.demo import MODEL
 from rsq_stream.errors import Interrupted, UsageError
 from rsq_stream.events import (

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from rsq_stream.cli import demo as demo_command
 from rsq_stream.cli import doctor as doctor_command
+
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
 from tests.cli_runs import LAUNCH, SMALL, Run
 

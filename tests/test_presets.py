@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from rsq_stream.cli.presets import PRESETS, with_preset
+
 from rsq_stream.demo import MODEL
 from rsq_stream.errors import UsageError
 from tests.cli_runs import Run
