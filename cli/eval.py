@@ -80,7 +80,7 @@ def evaluate_model(
         "kv_symmetric": kv_symmetric,
         "kv_clip": kv_clip,
     }
-    _require_text(text)
+    require_text(text)
     for option, value in (
         ("--sequence-length", sequence_length),
         ("--max-windows", max_windows),
@@ -101,7 +101,7 @@ def evaluate_model(
 
     made_for = served_scheme(checkpoint)
     scheme = made_for.changed(given)
-    length = sequence_length or min(_LONGEST, _architecture(checkpoint).longest)
+    length = window_length(checkpoint, sequence_length)
     window_BT = evaluation_windows(
         read_text(text, 0, "--text"),
         tokenizer_of(checkpoint),
@@ -140,13 +140,27 @@ def evaluate_model(
             say(f"\n{result['sample']}")
 
 
-def _require_text(text: str) -> None:
+def require_text(text: str, option: str = "--text") -> None:
+    """Refuse an evaluation text that is no file, or not of a known kind.
+
+    Errors name the file as the value of ``option``.
+
+    Raises
+    ------
+    CalibrationError
+        It is one or the other.
+    """
     path = Path(text)
     if not path.is_file():
-        raise CalibrationError(f"--text {text}: no such file")
+        raise CalibrationError(f"{option} {text}: no such file")
     if path.suffix not in _ENDINGS:
         wanted = ", ".join(_ENDINGS)
-        raise CalibrationError(f"--text {text}: must end in one of {wanted}")
+        raise CalibrationError(f"{option} {text}: must end in one of {wanted}")
+
+
+def window_length(checkpoint: "Checkpoint", wanted: int | None) -> int:
+    """Give the tokens per window: as asked, else 2048 or the model's limit."""
+    return wanted or min(_LONGEST, _architecture(checkpoint).longest)
 
 
 def _architecture(checkpoint: "Checkpoint") -> Any:

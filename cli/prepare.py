@@ -44,11 +44,18 @@ class Prepared:
     blocks: int
 
 
-def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
+def prepare(
+    model: str,
+    job: Job,
+    *,
+    read_calibration: bool,
+    checkpoint: "Checkpoint | None" = None,
+) -> Prepared:
     """Open the model, check every option, and plan; nothing is written.
 
     Without ``read_calibration`` the plan lacks the hash of the windows, and
-    nothing is asked of the network but the model.
+    nothing is asked of the network but the model, and that only where its
+    ``checkpoint`` is not open already.
     """
     ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
     settings = settings_of(job)
@@ -60,7 +67,7 @@ def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
     from rsq_stream.planner import inspect_checkpoint, plan_execution
     from rsq_stream.settings import make_plan
 
-    checkpoint = open_checkpoint(model, job.revision)
+    checkpoint = checkpoint or open_checkpoint(model, job.revision)
     architecture = inspect_checkpoint(checkpoint)
     place = torch.device(device)
     if place.type == "cuda":

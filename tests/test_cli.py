@@ -60,6 +60,7 @@ FLAGS = {
         --sequence-length --text --threads
     """
     + SERVED_FLAGS,
+    "sweep": "--device --dry-run --keep-models --output --processes",
     "demo": "--bits --output --samples",
     "doctor": "--work-dir",
 }
