@@ -20,7 +20,7 @@ from rsq_stream.cli.sweep_runs import (
 
 from rsq_stream.demo import MODEL
 from rsq_stream.errors import UsageError
-from tests.test_cli import JOB_FLAGS
+from tests.test_cli import JOB_FLAGS, SERVED_FLAGS
 
 TOP = f'model = "{MODEL}"\ntext = "text.txt"\n'
 CHECKED = "calibration = 'text.txt'\n[settings]\nsequence-length = 32\n"
@@ -56,7 +56,8 @@ def runs_in(path: Path) -> list[Run]:
 
 
 def test_options_have_the_names_of_the_flags() -> None:
-    assert set(job_options()) == {flag.removeprefix("--") for flag in JOB_FLAGS.split()}
+    flags = (JOB_FLAGS + SERVED_FLAGS).split()
+    assert set(job_options()) == {flag.removeprefix("--") for flag in flags}
     fields = {option.field for option in job_options().values()}
     assert fields == {field.name for field in dataclasses.fields(Job)}
 
