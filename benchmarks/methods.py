@@ -1,6 +1,6 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver|defaults|bpw]
+    python benchmarks/methods.py [--table methods|solver|defaults|bpw|rotation]
                                  [--settings 3:-1 2:64 2:64:16:8]
                                  [--model DIR --calibration FILE --text FILE]
 
@@ -40,6 +40,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "--bpw 8.69": {"bits": None, "bpw": 8.69},
         "4 bits": {"bits": 4},
     },
+    "rotation": {name: {"rotation": name} for name in ("none", "portable", "full")},
     "importance": {
         **{
             name: {"importance": name}
