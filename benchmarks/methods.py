@@ -1,6 +1,6 @@
 """Perplexity of each method or solver option: mean and deviation over seeds.
 
-    python benchmarks/methods.py [--table methods|solver|defaults|bpw|rotation]
+    python benchmarks/methods.py [--table NAME, see TABLES]
                                  [--settings 3:-1 2:64 2:64:16:8]
                                  [--model DIR --calibration FILE --text FILE]
 
@@ -30,6 +30,8 @@ from rsq_stream.events import ignore
 
 _PLAIN = {"propagate": 0.0, "sweeps": 0, "refit": False, "shrinkage": 0.0}
 _ALL = {"shrinkage": 0.0}
+_W4A4KV4 = {"activation_bits": 4, "kv_bits": 4}
+_CLIPPED = {**_W4A4KV4, "activation_clip": 0.9, "kv_clip": 0.95}
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {name: {"method": name} for name in ("rtn", "gptq", "quarot", "rsq")},
     "defaults": {"plain": {**_PLAIN}, "default": {}},
@@ -41,6 +43,24 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "4 bits": {"bits": 4},
     },
     "rotation": {name: {"rotation": name} for name in ("none", "portable", "full")},
+    "w4a4kv4": {
+        f"{label}{suffix}": {**row, "eval": scheme}
+        for suffix, scheme in (("", _W4A4KV4), (", clip 0.9/0.95", _CLIPPED))
+        for label, row in (
+            *((name, {"method": name}) for name in ("gptq", "quarot", "rsq")),
+            ("rsq calibrated as served", scheme),
+        )
+    },
+    "grids": {
+        "integers": {},
+        "integers, asymmetric": {"symmetric": False},
+        "nf": {"grid": "nf"},
+        "e8p": {"grid": "e8p"},
+        "e8p, no sweeps": {"grid": "e8p", "sweeps": 0},
+        "e8p, no refit": {"grid": "e8p", "refit": False},
+        "e8p, neither": {"grid": "e8p", "sweeps": 0, "refit": False},
+        "e8p, 6 sweeps": {"grid": "e8p", "sweeps": 6},
+    },
     "importance": {
         **{
             name: {"importance": name}
@@ -82,16 +102,19 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "all, shrinkage 1 (default)": {},
     },
 }
-"""Rows of a table: options of ``quantize`` by label."""
+"""Rows of a table: options of ``quantize`` by label, and under ``eval`` those of it."""
 _USUAL = {"bits": 3, "group_size": -1, "samples": 64, "expand": 1}
 
 
-def perplexity(folder: Path, options: argparse.Namespace) -> float:
-    """Measure a folder on the held-out text, as ``eval`` does."""
+def perplexity(
+    folder: Path, options: argparse.Namespace, given: dict[str, Any]
+) -> float:
+    """Measure a folder on the held-out text, as ``eval`` does with options given."""
     from rsq_stream.cli.prepare import open_checkpoint, tokenizer_of
 
     from rsq_stream.calibration import read_text
     from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+    from rsq_stream.evaluation.served import served_scheme
 
     checkpoint = open_checkpoint(str(folder))
     window_BT = evaluation_windows(
@@ -102,7 +125,8 @@ def perplexity(folder: Path, options: argparse.Namespace) -> float:
         max_windows=options.max_windows,
         where=str(options.text),
     )
-    return evaluate(checkpoint, window_BT).perplexity
+    scheme = served_scheme(checkpoint).changed(given)
+    return evaluate(checkpoint, window_BT, scheme=scheme).perplexity
 
 
 def measured(
@@ -124,7 +148,7 @@ def measured(
             output=Path(folder) / "model",
             device="cpu",
             threads=1,
-            **row,
+            **{name: value for name, value in row.items() if name != "eval"},
         )
         made = prepare(str(options.model), job, read_calibration=True)
         began = time.monotonic()
@@ -134,7 +158,8 @@ def measured(
         summary = quantize(*parts)
         seconds = time.monotonic() - began
         bits = made.execution.bits_per_weight
-        return perplexity(summary.output, options), seconds, bits
+        given = row.get("eval", {})
+        return perplexity(summary.output, options, given), seconds, bits
 
 
 def main() -> None:
@@ -168,7 +193,7 @@ def main() -> None:
         f" {torch.backends.cpu.get_cpu_capability()}, {options.processes} processes of"
         f" one thread; windows of {options.sequence_length} tokens,"
         f" {options.seeds} seeds\n"
-        f"full precision: {perplexity(options.model, options):.3f}\n\n"
+        f"full precision: {perplexity(options.model, options, {}):.3f}\n\n"
         "| bits | group | windows | method | perplexity | deviation | bits/weight"
         " | seconds |\n"
         "|---|---|---|---|---|---|---|---|\n"

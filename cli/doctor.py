@@ -58,6 +58,7 @@ def doctor(
         _checked("disk", lambda: _disk(work_dir)),
         _checked("sweep against its twin", check_sweep),
         _checked("clip search against its twin", check_clip_search),
+        *_kernels(),
     ]
     failed = any(finding.ok is False for finding in findings)
     if as_json:
@@ -101,6 +102,21 @@ def _machine() -> list[Finding]:
         Finding("CPU", None, f"{platform.machine()} {level}, {cores()} cores to use"),
         Finding("memory", None, f"{size(memory.total)}, {size(memory.available)} free"),
         Finding("CUDA", None, cuda),
+    ]
+
+
+def _kernels() -> list[Finding]:
+    """Compile, check and time the CUDA kernels; only compile where no device is."""
+    import torch
+
+    from .doctor_kernels import compiled, on_device, without_device
+
+    if not torch.cuda.is_available():
+        return [Finding("CUDA kernels", None, without_device())]
+    major, minor = torch.cuda.get_device_capability()
+    return [
+        _checked("CUDA kernels", lambda: compiled(f"sm_{major}{minor}")),
+        *(_checked(name, check) for name, check in on_device("cuda")),
     ]
 
 

@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, Any
 from rsq_stream.errors import CalibrationError, UsageError
 from rsq_stream.events import Event, Listener, RunStarted, StageStarted, UnitsDone
 
+from .job_activations import (
+    ActivationBits,
+    ActivationClip,
+    ActivationGroupSize,
+    ActivationSymmetric,
+    KvBits,
+    KvClip,
+    KvSymmetric,
+)
 from .options import (
     Against,
     Bos,
@@ -27,6 +36,7 @@ from .progress import shown
 from .text import duration, facts, say, say_json
 
 if TYPE_CHECKING:
+    from rsq_stream.activation_fields import ActivationScheme
     from rsq_stream.storage.shards import Checkpoint
 
 _LONGEST = 2048
@@ -43,15 +53,34 @@ def evaluate_model(
     against: Against = None,
     sample: Sample = None,
     sample_tokens: SampleTokens = 32,
+    activation_bits: ActivationBits = None,
+    activation_group_size: ActivationGroupSize = None,
+    activation_symmetric: ActivationSymmetric = None,
+    activation_clip: ActivationClip = None,
+    kv_bits: KvBits = None,
+    kv_symmetric: KvSymmetric = None,
+    kv_clip: KvClip = None,
     device: Device = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how well a model predicts a text, and how far it is from another."""
+    """Measure how well a model predicts a text, and how far it is from another.
+
+    Rounded activations are simulated: as the folder was calibrated, or as given here.
+    """
     del debug
-    _require_text(text)
+    given = {
+        "activation_bits": activation_bits,
+        "activation_group_size": activation_group_size,
+        "activation_symmetric": activation_symmetric,
+        "activation_clip": activation_clip,
+        "kv_bits": kv_bits,
+        "kv_symmetric": kv_symmetric,
+        "kv_clip": kv_clip,
+    }
+    require_text(text)
     for option, value in (
         ("--sequence-length", sequence_length),
         ("--max-windows", max_windows),
@@ -68,8 +97,11 @@ def evaluate_model(
     from rsq_stream.calibration import read_text
     from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
     from rsq_stream.evaluation.sample import greedy_sample
+    from rsq_stream.evaluation.served import served_scheme
 
-    length = sequence_length or min(_LONGEST, _architecture(checkpoint).longest)
+    made_for = served_scheme(checkpoint)
+    scheme = made_for.changed(given)
+    length = window_length(checkpoint, sequence_length)
     window_BT = evaluation_windows(
         read_text(text, 0, "--text"),
         tokenizer_of(checkpoint),
@@ -84,31 +116,51 @@ def evaluate_model(
             checkpoint,
             window_BT,
             against=other,
+            scheme=scheme,
             workers=pick_workers(threads, place),
             device=place,
             listener=_in_sequence(listener, models),
         )
     result: dict[str, Any] = {"model": model, "text": text, "sequence_length": length}
     result |= dataclasses.asdict(found)
+    result["simulated"] = dataclasses.asdict(scheme)
+    result["as_calibrated"] = scheme == made_for
     if sample is not None:
         result["sample"] = greedy_sample(
-            checkpoint, sample, sample_tokens, device=place
+            checkpoint, sample, sample_tokens, scheme=scheme, device=place
         )
     if as_json:
         say_json(result)
     else:
-        say(facts(_rows(result, against)))
+        rows = _rows(result, against) | _simulated(scheme, made_for)
+        if other is not None and (its_own := served_scheme(other)).rounds_activations:
+            rows["simulated of it"] = its_own.activations_text()
+        say(facts(rows))
         if sample is not None:
             say(f"\n{result['sample']}")
 
 
-def _require_text(text: str) -> None:
+def require_text(text: str, option: str = "--text") -> None:
+    """Refuse an evaluation text that is no file, or not of a known kind.
+
+    Errors name the file as the value of ``option``.
+
+    Raises
+    ------
+    CalibrationError
+        It is one or the other.
+    """
     path = Path(text)
     if not path.is_file():
-        raise CalibrationError(f"--text {text}: no such file")
+        raise CalibrationError(f"{option} {text}: no such file")
     if path.suffix not in _ENDINGS:
         wanted = ", ".join(_ENDINGS)
-        raise CalibrationError(f"--text {text}: must end in one of {wanted}")
+        raise CalibrationError(f"{option} {text}: must end in one of {wanted}")
+
+
+def window_length(checkpoint: "Checkpoint", wanted: int | None) -> int:
+    """Give the tokens per window: as asked, else 2048 or the model's limit."""
+    return wanted or min(_LONGEST, _architecture(checkpoint).longest)
 
 
 def _architecture(checkpoint: "Checkpoint") -> Any:
@@ -136,6 +188,20 @@ def _in_sequence(listener: Listener, models: "list[Checkpoint]") -> Listener:
         listener(event)
 
     return listen
+
+
+def _simulated(
+    scheme: "ActivationScheme", made_for: "ActivationScheme"
+) -> dict[str, str]:
+    """Say which activations were rounded, and whether the folder asks for that."""
+    if not scheme.rounds_activations and not made_for.rounds_activations:
+        return {}
+    text = scheme.activations_text()
+    if scheme == made_for:
+        text += " (as the model was calibrated)"
+    elif made_for.rounds_activations:
+        text += f" (the model was calibrated for: {made_for.activations_text()})"
+    return {"simulated": text}
 
 
 def _rows(result: dict[str, Any], against: str | None) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import LinearRecord
+from rsq_stream.schemes import INTEGER
 
 from .text import linear_kind
 
@@ -67,6 +68,11 @@ def notices_of(plan: QuantizationPlan, records: Sequence[LinearRecord]) -> list[
         lines.append(
             f"{damped} of {len(records)} linears needed more damping than"
             f" {plan.damping:g}: their inputs are nearly dependent"
+        )
+    if plan.grid != INTEGER:
+        lines.append(
+            f"no runtime reads --grid {plan.grid}: rsq_stream.load_model gives a"
+            " transformers model with decoded weights"
         )
     if not plan.symmetric:
         lines.append(

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import OutputError
+from rsq_stream.schemes import GRID_NAMES
 
 from .options import AllLinears, Debug, Json, OutputFolder, Quiet
 from .text import exact_size, facts, say, say_json, table
@@ -69,6 +71,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
     plan, linears = manifest["plan"], manifest["linears"]
     sizes = {name: int(file["bytes"]) for name, file in manifest["files"].items()}
     grid = "symmetric" if plan["symmetric"] else "asymmetric"
+    grid = GRID_NAMES.get(plan["grid"], grid)
     group = "one scale a row" if plan["group_size"] == -1 else str(plan["group_size"])
     online = [plan[name] for name in ("heads_rotation", "mlp_rotation")]
     rows = {
@@ -79,6 +82,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
         **({"at inference": ", ".join(online)} if online != ["none"] * 2 else {}),
         "calibration": f"{plan['calibration']}: {plan['samples']} windows of"
         f" {plan['sequence_length']} tokens",
+        **_activations(plan),
         "format": str(plan["output_format"]),
         "bits per weight": f"{float(manifest['bits_per_weight']):.3f}",
         "size": exact_size(sum(sizes.values())),
@@ -104,3 +108,11 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
     head = (title, "bits", "group", "error", "by rounding", "dead inputs")
     parts = (facts(rows), table(("file", "bytes"), files), table(head, lines))
     return "\n\n".join(parts)
+
+
+def _activations(plan: dict[str, Any]) -> dict[str, str]:
+    """Say which activations the run saw rounded; nothing where none was."""
+    scheme = ActivationScheme.from_fields(plan)
+    if not scheme.rounds_activations:
+        return {}
+    return {"activations": scheme.activations_text()}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from .job_activations import Activations
 from .job_codes import Codes, flag, value
 from .job_importance import Importance
 from .options import PLACE, Device, Threads
@@ -18,7 +19,7 @@ _TEXT = "Calibration"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Codes, Importance):
+class Job(Codes, Importance, Activations):
     """The options of ``quantize`` and ``plan``; None is a default found later."""
 
     calibration: Annotated[

@@ -95,6 +95,16 @@ class Codes:
             "by method",
         ),
     ] = None
+    grid: Annotated[
+        str,
+        value(
+            CODES,
+            "--grid",
+            "integer|nf|e8p",
+            "nf: NormalFloat; e8p: an 8-dimensional lattice, for 2 bits and a scale a"
+            " row. Both need rsq_stream.load_model: no runtime reads them.",
+        ),
+    ] = "integer"
     symmetric: Annotated[
         bool,
         flag(

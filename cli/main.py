@@ -22,6 +22,7 @@ from .plan import plan
 from .quantize import quantize
 from .status import status
 from .stopping import INTERRUPTED
+from .sweep import sweep
 from .verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "eval": evaluate_model,
+    "sweep": sweep,
     "demo": demo,
     "doctor": doctor,
 }

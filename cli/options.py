@@ -128,3 +128,45 @@ DemoOutput = Annotated[
 ProbeFolder = Annotated[
     Path, typer.Option("--work-dir", metavar="DIR", help="Measure the disk here.")
 ]
+SweepPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE.toml", help="Names model, text, settings, grid and seeds."
+    ),
+]
+SweepOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        help="Where results and unfinished runs lie.",
+        show_default="FILE.sweep, beside it",
+    ),
+]
+SweepDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu|cuda",
+        help="Where to compute.",
+        show_default="every GPU of one kind, else cpu",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Runs at a time; on the CPU they share the cores.",
+        show_default="one a GPU; 1 on the CPU",
+    ),
+]
+KeepModels = Annotated[
+    bool,
+    typer.Option(
+        "--keep-models", help="Keep each quantized model in its run's folder."
+    ),
+]
+ListRuns = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, list the runs, stop.")
+]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rsq_stream.config import QuantizationPlan
+from rsq_stream.schemes import GRID_NAMES
 
 from .bits import as_choice, explained, with_bits
 from .job import Job
@@ -69,6 +70,7 @@ def rows(made: Prepared) -> dict[str, str]:
     if execution.fallbacks and plan.group_size != -1:
         group += f"; one scale a row for {', '.join(execution.fallbacks)}"
     grid = "symmetric" if plan.symmetric else "asymmetric"
+    grid = GRID_NAMES.get(plan.grid, grid)
     if plan.signed_scales:
         grid += ", signed scales"
     rotation = plan.residual_rotation
@@ -92,6 +94,8 @@ def rows(made: Prepared) -> dict[str, str]:
             f" tokens{copies}"
         )
         found["token importance"] = _importance(plan)
+    if plan.rounds_activations:
+        found["activations"] = plan.activations_text()
     found |= {
         "blocks": str(made.blocks),
         "source": exact_size(execution.source_bytes),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import UsageError, one_of
 from rsq_stream.execution import ExecutionPlan, RunOptions
+from rsq_stream.schemes import INTEGER, LATTICE
 
 from .job import Job
 from .text import parse_size
@@ -43,11 +44,18 @@ class Prepared:
     blocks: int
 
 
-def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
+def prepare(
+    model: str,
+    job: Job,
+    *,
+    read_calibration: bool,
+    checkpoint: "Checkpoint | None" = None,
+) -> Prepared:
     """Open the model, check every option, and plan; nothing is written.
 
     Without ``read_calibration`` the plan lacks the hash of the windows, and
-    nothing is asked of the network but the model.
+    nothing is asked of the network but the model, and that only where its
+    ``checkpoint`` is not open already.
     """
     ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
     settings = settings_of(job)
@@ -59,7 +67,7 @@ def prepare(model: str, job: Job, *, read_calibration: bool) -> Prepared:
     from rsq_stream.planner import inspect_checkpoint, plan_execution
     from rsq_stream.settings import make_plan
 
-    checkpoint = open_checkpoint(model, job.revision)
+    checkpoint = checkpoint or open_checkpoint(model, job.revision)
     architecture = inspect_checkpoint(checkpoint)
     place = torch.device(device)
     if place.type == "cuda":
@@ -94,6 +102,10 @@ def settings_of(job: Job) -> "Settings":
         )
     if job.signed_scales and not job.symmetric:
         raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
+    if job.signed_scales and job.grid == LATTICE:
+        raise UsageError(f"--signed-scales: --grid {LATTICE} is its own mirror")
+    if job.bpw is not None and job.grid != INTEGER:
+        raise UsageError(f"--bpw chooses among integers: leave --grid {job.grid} out")
     if job.bpw is not None and job.bits is not None:
         raise UsageError("--bpw chooses the bits: leave --bits out")
     if job.bpw is not None and job.method in ("rtn", "rotate"):

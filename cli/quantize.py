@@ -89,7 +89,7 @@ def _report(
         remark("notice", text)
     loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
     loader += "  # transformers, compressed-tensors"
-    if made.plan.rotates_online:
+    if made.plan.needs_own_loader:
         loader = f'rsq_stream.load_model("{summary.output}")  # and no other loader'
     rows = {
         "output": str(summary.output),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rsq_stream.errors import ScratchError
+from rsq_stream.schemes import KEPT
 from rsq_stream.storage.journal import NAME, Journal
 from rsq_stream.storage.run_folder import MEASURED
 
@@ -35,7 +36,7 @@ def status(
     rows = {
         "state": _state(found),
         "blocks done": done,
-        "plan": ", ".join(f"{name} {found['plan'].get(name)}" for name in _FIELDS),
+        "plan": _plan(found["plan"]),
     }
     if found["seconds_per_block"] is not None:
         rows["time per block"] = f"{found['seconds_per_block']:.1f} s"
@@ -106,6 +107,14 @@ def running_process(work_dir: Path) -> int | None:
         return process if began <= lock.stat().st_mtime + 1 else None
     except (OSError, ValueError, psutil.Error):
         return None
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    """Say what is made; bits of activations only where they are rounded."""
+    parts = [f"{name} {plan.get(name)}" for name in _FIELDS]
+    bits = {name: plan.get(name, KEPT) for name in ("activation_bits", "kv_bits")}
+    parts += [f"{name} {given}" for name, given in bits.items() if given != KEPT]
+    return ", ".join(parts)
 
 
 def _state(found: dict[str, Any]) -> str:

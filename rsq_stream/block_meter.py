@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor, factorise
-from rsq_stream.algorithm.grid import decode
-from rsq_stream.algorithm.solver import round_to_nearest, weighted_loss
-from rsq_stream.block_solver import make_grid
+from rsq_stream.algorithm.solver import round_to_nearest
+from rsq_stream.algorithm.tile import weighted_loss
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
+from rsq_stream.grids import make_grid
 from rsq_stream.model.architecture import STAGES, block_prefix
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
@@ -96,9 +96,7 @@ class BlockMeter:
             grid = make_grid(self.plan, bits, self.types[linear])
             rows, pool = self.plan.tile_rows, self.passes.pool
             made = round_to_nearest(weight_OI, grid, scheme.group_size, rows, pool)
-            decoded_OI = decode(
-                made.code_OI, made.scale_OG, made.zero_OG, grid.storage_type
-            )
+            decoded_OI = grid.decode(made.code_OI, made.scale_OG, made.zero_OG)
             error_OI = weight_OI - decoded_OI
             error_I = error_OI.square().sum(0, dtype=torch.float64)
             loss = (error_I * factor.scale_I.double()).sum()

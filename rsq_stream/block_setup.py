@@ -12,10 +12,12 @@ from transformers import PretrainedConfig
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.solver import Solution
 from rsq_stream.block_progress import BlockProgress
-from rsq_stream.block_solver import BlockSolver, Keep, make_grid
+from rsq_stream.block_solver import BlockSolver, Keep
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import ExecutionPlan
+from rsq_stream.grids import make_grid
+from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
 from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.model.online import OnlineRotations, planned_rotations
@@ -82,14 +84,26 @@ class BlockSetup:
         weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
         compute = getattr(torch, self.plan.compute_type)
         cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
-        # Both hold the source's weights, until those of the first are replaced.
+        # Both hold the source's weights, until those of the first are replaced; and
+        # only the first sees activations as the served model does.
+        quantizers = ActivationQuantizer(self.plan), AS_COMPUTED
         streams = [
             Stream(
-                Block(self.family, self.config, index, cast, self.rope, self.online),
+                Block(
+                    self.family,
+                    self.config,
+                    index,
+                    cast,
+                    self.rope,
+                    online=self.online,
+                    quantizer=quantizer,
+                ),
                 slots,
                 self.plan,
             )
-            for slots in self.slots.of_block(index)
+            for slots, quantizer in zip(
+                self.slots.of_block(index), quantizers, strict=False
+            )
         ]
         block, progress = streams[0].block, self.progress
         done = self.journal.stages(index) if stages is None else stages

@@ -8,11 +8,10 @@ down on what quantized gate and up give: true-sequential, with partial forwards.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import factorise
-from rsq_stream.algorithm.grid import Grid, decode
+from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.order import group_aware_order, put_back, reorder
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.config import QuantizationPlan
@@ -26,18 +25,6 @@ from rsq_stream.streams import WRITES_H, Stream
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
-
-
-def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> Grid:
-    """Give the grid of a plan and a scheme's bits, for weights of that stored type."""
-    return Grid(
-        bits=bits,
-        symmetric=plan.symmetric,
-        signed_scales=plan.signed_scales,
-        clip_exponent=plan.clip_exponent,
-        clip_steps=plan.clip_steps,
-        storage_type=storage_type,
-    )
 
 
 @dataclass
@@ -139,9 +126,7 @@ class BlockSolver:
 
 def decoded(solution: Solution, grid: Grid) -> Tensor:
     """Give the weights as a loader will see them, fp32."""
-    return decode(
-        solution.code_OI, solution.scale_OG, solution.zero_OG, grid.storage_type
-    )
+    return grid.decode(solution.code_OI, solution.scale_OG, solution.zero_OG)
 
 
 def round_block(

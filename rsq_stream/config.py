@@ -12,11 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.errors import one_of, require
+from rsq_stream.grid_checks import check_grid
 from rsq_stream.importance_fields import ImportanceFields
+from rsq_stream.propagation_fields import PropagationFields
+from rsq_stream.rotation_fields import RotationFields
 from rsq_stream.schemes import (
+    COMPRESSED_TENSORS,
     GROUP_SIZES,
     HEAD_LINEAR,
+    INTEGER,
     KEPT,
     Override,
     Scheme,
@@ -28,8 +34,6 @@ MATHS_VERSION = 1
 
 METHODS = ("rsq", "quarot", "gptq", "rtn", "rotate")
 """``rotate`` quantizes nothing: it writes the rotated model in the source's type."""
-FULL_FORMAT = "compressed-tensors"
-"""The layout that can be marked as one that other loaders must refuse."""
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 DEVICE_FIELDS = (
     "device_kind",
@@ -42,8 +46,14 @@ DEVICE_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizationPlan(ImportanceFields):
-    """Everything that decides the output's bytes."""
+class QuantizationPlan(
+    RotationFields, PropagationFields, ImportanceFields, ActivationFields
+):
+    """Everything that decides the output's bytes.
+
+    Rounded activations are what the quantized stream of a calibrated run sees; they
+    are simulated again when the output is evaluated.
+    """
 
     source_sha256: str
     """Hash of the source's config and shard headers (names, types, shapes)."""
@@ -77,10 +87,6 @@ class QuantizationPlan(ImportanceFields):
     """Added to the Hessian's diagonal, as a share of its mean."""
     shrinkage: float
     """Damping added for each input per calibration token: few tokens say little."""
-    residual_rotation: str
-    """R1, as ``Rotation.name`` gives it, or ``none``."""
-    value_rotation: str
-    """R2, per value head, or ``none``."""
     calibration: str
     """Name of the data set, or ``file``; ``none`` where the method needs none."""
     windows_sha256: str
@@ -90,13 +96,6 @@ class QuantizationPlan(ImportanceFields):
     expand: int
     """Rolled copies per window, 1 for none."""
     seed: int
-    propagate: float
-    """How much of the error of earlier layers a linear's targets make up for; 0 for
-    none, and then no full-precision stream is carried."""
-    propagate_overrides: tuple[str, ...]
-    """Linears with a share of their own, sorted: ``NAME=A``."""
-    residual_correction: bool
-    """o and down also make up for the error of the residual they are added to."""
     cache_type: str
     """Type of stored activations: the source's."""
     compute_type: str
@@ -111,11 +110,9 @@ class QuantizationPlan(ImportanceFields):
     """Output rows per tile of the solve."""
     shard_bytes: int
     """Largest output shard (a single larger tensor gets its own)."""
-    output_format: str = "compressed-tensors"
-    heads_rotation: str = "none"
-    """Of o's input across the heads, done while the model runs, or ``none``."""
-    mlp_rotation: str = "none"
-    """R4, of down's input, done while the model runs, or ``none``."""
+    grid: str = INTEGER
+    """What codes stand for: ``integer``, ``nf`` (NormalFloat), ``e8p`` (a lattice)."""
+    output_format: str = COMPRESSED_TENSORS
     maths_version: int = MATHS_VERSION
     device_kind: str = ""
     """Processor and library versions that the bits depend on."""
@@ -145,8 +142,7 @@ class QuantizationPlan(ImportanceFields):
         require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
         require(0 <= self.shrinkage <= 99, "shrinkage", self.shrinkage, "0 to 99")
         require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
-        _shares(self.propagate_overrides)
-        require(0 <= self.propagate <= 1, "propagate", self.propagate, "0 to 1")
+        check_grid(self, own)
         for name in ("cache_type", "compute_type"):
             require(
                 getattr(self, name) in FLOAT_TYPES,
@@ -170,23 +166,15 @@ class QuantizationPlan(ImportanceFields):
             self.expand,
             f"1 to the sequence length ({self.sequence_length})",
         )
-        self._check_rotations()
+        self.check_rotations(self.output_format)
+        self.check_propagation()
         self.check_importance(self.sequence_length)
-
-    def _check_rotations(self) -> None:
-        if not self.rotates_online:
-            return
-        folded = "none" not in (self.residual_rotation, self.value_rotation)
-        wanted = "portable or none where the residual stream is not rotated"
-        require(folded, "rotation", "full", wanted)
-        known = self.output_format == FULL_FORMAT
-        wanted = f"portable or none for {self.output_format}, which cannot say what is"
-        require(known, "rotation", "full", f"{wanted} left to be done at inference")
+        self.check_activations()
 
     @property
-    def rotates_online(self) -> bool:
-        """Whether a rotation is left to be done while the model runs."""
-        return not self.heads_rotation == self.mlp_rotation == "none"
+    def needs_own_loader(self) -> bool:
+        """Whether the output is marked as one that only this tool loads."""
+        return self.rotates_online or self.grid != INTEGER
 
     @property
     def sequences(self) -> int:
@@ -198,12 +186,6 @@ class QuantizationPlan(ImportanceFields):
         """Units of computation; the last one may hold fewer sequences."""
         return -(-self.sequences // self.unit_sequences)
 
-    @property
-    def streams(self) -> int:
-        """Streams of activations: the quantized, and the full-precision one beside."""
-        own = _shares(self.propagate_overrides).values()
-        return 2 if self.propagate > 0 or any(share > 0 for share in own) else 1
-
     def damping_for(self, inputs: int) -> float:
         """Give the damping of a Hessian of so many inputs, at most 1.
 
@@ -211,10 +193,6 @@ class QuantizationPlan(ImportanceFields):
         """
         tokens = self.samples * self.sequence_length
         return min(1.0, self.damping + self.shrinkage * inputs / tokens)
-
-    def propagate_share(self, linear: str) -> float:
-        """Give how much of earlier layers' error a linear makes up for."""
-        return _shares(self.propagate_overrides).get(linear, self.propagate)
 
     @property
     def needs_calibration(self) -> bool:
@@ -265,32 +243,9 @@ class QuantizationPlan(ImportanceFields):
         size = self.group_size if own.group_size is None else own.group_size
         if size != -1 and inputs % size:
             size = -1
-        return Scheme(own.bits, size, self.symmetric)
+        return Scheme(own.bits, size, self.symmetric, self.grid)
 
 
 @functools.lru_cache(maxsize=8)
 def _parsed(overrides: tuple[str, ...]) -> dict[str, Override]:
     return dict(parse_override(line) for line in overrides)
-
-
-@functools.lru_cache(maxsize=8)
-def _shares(overrides: tuple[str, ...]) -> dict[str, float]:
-    return dict(parse_share(line) for line in overrides)
-
-
-def parse_share(line: str) -> tuple[str, float]:
-    """Take ``PATTERN=A`` apart.
-
-    Raises
-    ------
-    UsageError
-        A is not a number from 0 to 1.
-    """
-    pattern, _, text = line.partition("=")
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    wanted = "PATTERN=A with A from 0 to 1"
-    require(bool(pattern) and 0 <= share <= 1, "propagate-override", line, wanted)
-    return pattern, share

@@ -12,9 +12,19 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
 from rsq_stream.model.online import KEY, written_rotations
-from rsq_stream.schemes import GROUP_SIZES, HEAD_LINEAR, Scheme
+from rsq_stream.schemes import (
+    COMPRESSED_TENSORS,
+    GRID_FORMAT,
+    GROUP_SIZES,
+    HEAD_LINEAR,
+    INTEGER,
+    LATTICE,
+    NORMAL_FLOAT,
+    Scheme,
+)
 
 FORMAT = "pack-quantized"
+_OWN_GRIDS = (NORMAL_FLOAT, LATTICE)
 _OURS = {
     "type": ("int",),
     "strategy": ("channel", "group"),
@@ -59,8 +69,10 @@ def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str,
         ignored = [HEAD_LINEAR, *ignored]
     else:
         targets.setdefault(head, []).append(_HEAD_PATTERN)
+    if plan.grid != INTEGER:
+        return _own_format(plan.grid, targets, ignored)
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": COMPRESSED_TENSORS,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {
@@ -77,6 +89,36 @@ def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str,
         "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+    }
+
+
+def _own_format(
+    grid: str, targets: Mapping[Scheme | None, list[str]], ignored: list[str]
+) -> dict[str, Any]:
+    """Describe a grid that no runtime reads.
+
+    Of an unknown ``quant_method`` transformers only warns, and goes on with random
+    weights; of null it says that the model is not quantized as it should be, and stops.
+    """
+    return {
+        "quant_method": None,
+        "format": GRID_FORMAT,
+        "grid": grid,
+        "config_groups": {
+            f"group_{number}": {
+                "targets": patterns,
+                "weights": {
+                    "num_bits": scheme.bits,
+                    "group_size": None
+                    if scheme.group_size == -1
+                    else scheme.group_size,
+                },
+            }
+            for number, (scheme, patterns) in enumerate(targets.items())
+            if scheme is not None
+        },
+        "ignore": ignored,
+        "load_with": "rsq_stream.load_model",
     }
 
 
@@ -122,9 +164,9 @@ def schemes_of(
     names = {block_prefix(b) + linear for b in range(blocks) for linear in LINEARS}
     found: dict[str, Scheme | None] = {}
     try:
-        ours = quantization["format"] == FORMAT
-        for group in quantization["config_groups"].values() if ours else ():
-            scheme = _scheme(group["weights"])
+        grid = _grid_of(quantization)
+        for group in quantization["config_groups"].values() if grid else ():
+            scheme = _scheme(group["weights"], grid)
             for target in group["targets"]:
                 if scheme is not None:
                     found.update(dict.fromkeys(_named(target, blocks), scheme))
@@ -140,16 +182,28 @@ def schemes_of(
     return found
 
 
-def _scheme(weights: Mapping[str, Any]) -> Scheme | None:
+def _grid_of(quantization: Mapping[str, Any]) -> str | None:
+    """Give the grid of the codes; None for a format that this tool does not write."""
+    if quantization["format"] == FORMAT:
+        return INTEGER
+    own = quantization["format"] == GRID_FORMAT
+    return quantization["grid"] if own and quantization["grid"] in _OWN_GRIDS else None
+
+
+def _scheme(weights: Mapping[str, Any], grid: str | None) -> Scheme | None:
     """Read a scheme; None for one that this tool would not write."""
-    if any(weights.get(key) not in wanted for key, wanted in _OURS.items()):
+    integer = grid == INTEGER
+    if integer and any(weights.get(key) not in wanted for key, wanted in _OURS.items()):
         return None
     scheme = Scheme(
         int(weights["num_bits"]),
         int(weights["group_size"] or -1),
-        bool(weights["symmetric"]),
+        bool(weights["symmetric"]) if integer else True,
+        grid or INTEGER,
     )
     known = 2 <= scheme.bits <= 8 and scheme.group_size in GROUP_SIZES
+    if grid == LATTICE:
+        known = (scheme.bits, scheme.group_size) == (2, -1)
     return scheme if known else None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rsq_stream import room
+from rsq_stream.activation_fields import NOTHING
 from rsq_stream.block_meter import PROBE_BITS, BlockMeter, Costs
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
@@ -59,6 +60,7 @@ def measuring_plan(plan: QuantizationPlan) -> QuantizationPlan:
         sweeps=0,
         refit=False,
         act_order=False,
+        **dataclasses.asdict(NOTHING),
     )
 
 
@@ -215,7 +217,7 @@ class _Run:
         tensors.clear()
         family, rope, online = self._architecture.family, self._rope, self._online
         (slots,) = self._slots.of_block(index)
-        block = Block(family, self._config, index, cast, rope, online)
+        block = Block(family, self._config, index, cast, rope, online=online)
         stream = Stream(block, slots, self._plan)
         types = self._source.linear_types(index)
         plan, passes = self._plan, self._passes

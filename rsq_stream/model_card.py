@@ -5,6 +5,7 @@ import statistics
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import Architecture
+from rsq_stream.schemes import GRID_NAMES
 
 _METHODS = {
     "rsq": "RSQ (rotate, weigh tokens by the attention they receive, GPTQ)",
@@ -13,7 +14,6 @@ _METHODS = {
     "rtn": "rounding to nearest",
     "rotate": "none; the weights are rotated and otherwise as they were",
 }
-
 _LOADED_ANYWHERE = (
     "Load it with transformers and compressed-tensors (0.18 or newer):",
     "",
@@ -23,7 +23,7 @@ _LOADED_ANYWHERE = (
     "```",
 )
 _LOADED_HERE = (
-    "Other loaders refuse it, as they would leave out what is done at inference:",
+    "Other loaders refuse it, as they would get it wrong:",
     "",
     "```python",
     "import rsq_stream",
@@ -43,6 +43,8 @@ def model_card(
         "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
     )
     grid = "symmetric" if plan.symmetric else "asymmetric"
+    grid = GRID_NAMES.get(plan.grid, grid)
+    marked = plan.needs_own_loader
     fallbacks = sorted(
         {
             made.name.split(".", 3)[-1]
@@ -55,7 +57,7 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        f"tags: [quantized, {'' if online else 'compressed-tensors, '}rsq-stream]",
+        f"tags: [quantized, {'' if marked else 'compressed-tensors, '}rsq-stream]",
         "---",
         f"# {architecture.family.causal_class},"
         + (f" {_span(bits)}-bit" if records else " rotated"),
@@ -90,13 +92,18 @@ def model_card(
                 f"- Error propagation: targets make up for {plan.propagate:g} of the"
                 " error of earlier layers"
             )
+    if plan.rounds_activations:
+        lines.append(
+            f"- Made for rounded activations ({plan.activations_text()}), which no"
+            " loader applies by itself; `rsq-stream eval` simulates them"
+        )
     errors = [made.relative_error for made in records]
     if errors:
         lines.append(
             f"- Relative output error of the linears: median"
             f" {statistics.median(errors):.4f}, worst {max(errors):.4f}"
         )
-    lines += ["", *(_LOADED_HERE if online else _LOADED_ANYWHERE)]
+    lines += ["", *(_LOADED_HERE if marked else _LOADED_ANYWHERE)]
     lines += [
         "",
         "Plan, per-linear errors and checksums are in `rsq_stream.json`.",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rsq_stream.algorithm.solver import round_to_nearest
-from rsq_stream.block_solver import make_grid
 from rsq_stream.config import QuantizationPlan
+from rsq_stream.grids import make_grid
 from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.ops.pool import Pool
 from rsq_stream.packed_format import encode_linear

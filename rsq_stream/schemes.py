@@ -14,6 +14,14 @@ KEPT = 16
 HEAD_LINEAR = "lm_head"
 """The head by its name as a linear: quantized only where it is named."""
 GROUP_SIZES = (32, 64, 128, -1)
+INTEGER, NORMAL_FLOAT, LATTICE = GRIDS = ("integer", "nf", "e8p")
+"""What codes stand for: whole numbers, quantiles of a normal, points of E8P."""
+GRID_NAMES = {NORMAL_FLOAT: "NormalFloat", LATTICE: "E8P lattice"}
+"""The grids that are not integers, in words."""
+COMPRESSED_TENSORS, GRID_FORMAT = "compressed-tensors", "rsq-stream-grid"
+"""The formats of an output: of integers, and of the other grids, which is our own."""
+LATTICE_WIDTH = 8
+"""Inputs that share a codeword of the lattice."""
 
 _LINE = re.compile(r"(?P<name>[^=]+)=(?P<bits>\d{1,2})(g(?P<group>-1|\d{1,3}))?")
 
@@ -26,6 +34,8 @@ class Scheme:
     group_size: int
     """Inputs per scale, -1 for the whole row."""
     symmetric: bool
+    grid: str = INTEGER
+    """One of ``GRIDS``."""
 
     def groups(self, inputs: int) -> int:
         """Scales per row."""

@@ -4,22 +4,31 @@ Every default is filled in here; what depends on the machine's memory is the pla
 """
 
 import dataclasses
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
+from rsq_stream.activation_fields import ActivationFields
 from rsq_stream.algorithm.rotation import rotation_name
 from rsq_stream.calibration import DATA_SETS, Windows
-from rsq_stream.config import QuantizationPlan, parse_share
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.device_kind import device_kind
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.importance_fields import ImportanceFields
 from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
-from rsq_stream.ops.walsh import package_version
 from rsq_stream.patterns import resolve
-from rsq_stream.schemes import HEAD_LINEAR, KEPT, Override, parse_override
+from rsq_stream.propagation_fields import parse_share
+from rsq_stream.schemes import (
+    COMPRESSED_TENSORS,
+    GRID_FORMAT,
+    HEAD_LINEAR,
+    INTEGER,
+    KEPT,
+    LATTICE,
+    Override,
+    parse_override,
+)
 from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
@@ -35,7 +44,8 @@ benchmarks/RESULTS.md."""
 
 _PASSED_ON = tuple(
     field.name
-    for field in dataclasses.fields(ImportanceFields)
+    for part in (ImportanceFields, ActivationFields)
+    for field in dataclasses.fields(part)
     if field.default is not dataclasses.MISSING and field.name != "importance_tokens"
 )
 """Settings that a plan has as they are given."""
@@ -51,6 +61,7 @@ class Settings:
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
     head_bits: int = KEPT
+    grid: str = INTEGER
     symmetric: bool = True
     signed_scales: bool = True
     group_scales: str = "dynamic"
@@ -90,6 +101,13 @@ class Settings:
     refit: bool | None = None
     seed: int = 0
     cache_type: str | None = None
+    activation_bits: int = KEPT
+    activation_group_size: int = -1
+    activation_symmetric: bool = True
+    activation_clip: float = 1.0
+    kv_bits: int = KEPT
+    kv_symmetric: bool = True
+    kv_clip: float = 1.0
 
 
 def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
@@ -153,7 +171,7 @@ def make_plan(
     # Of a file the tokens are hashed; its path decides nothing.
     calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
-    return QuantizationPlan(
+    plan = QuantizationPlan(
         source_sha256=checkpoint.headers_sha256,
         method=settings.method,
         bits=settings.bits,
@@ -161,8 +179,13 @@ def make_plan(
         overrides=own_schemes(
             architecture, settings, tied=architecture.tied and not rotated
         ),
+        grid=settings.grid,
+        output_format=COMPRESSED_TENSORS if settings.grid == INTEGER else GRID_FORMAT,
         symmetric=settings.symmetric,
-        signed_scales=settings.signed_scales and settings.symmetric,
+        # The lattice is its own mirror.
+        signed_scales=settings.signed_scales
+        and settings.symmetric
+        and settings.grid != LATTICE,
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,
@@ -198,6 +221,8 @@ def make_plan(
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
     )
+    plan.require_whole_groups(architecture.linear_inputs())
+    return plan
 
 
 def own_schemes(
@@ -257,21 +282,3 @@ def _linears(architecture: Architecture) -> dict[str, int | None]:
         for block in range(architecture.blocks)
         for linear in LINEARS
     }
-
-
-def device_kind(device: torch.device) -> str:
-    """Name the processor and the library versions that the bits depend on."""
-    torch_version = importlib.metadata.version("torch")
-    if device.type == "cuda":
-        made = torch.cuda.get_device_properties(device)
-        return (
-            f"cuda {made.major}.{made.minor}, {made.multi_processor_count}"
-            f" multiprocessors, torch {torch_version}, {package_version()}"
-        )
-    blas = "mkl" if torch.backends.mkl.is_available() else "openblas"
-    numba_version = importlib.metadata.version("numba")
-    level = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"cpu {platform.machine()} {level}, torch {torch_version} {blas},"
-        f" numba {numba_version}"
-    )

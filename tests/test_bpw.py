@@ -14,9 +14,9 @@ from rsq_stream.algorithm.grid import decode
 from rsq_stream.algorithm.solver import round_to_nearest
 from rsq_stream.bits_choice import Choice, choose_bits, require_reachable
 from rsq_stream.block_meter import BITS, PROBE_BITS, Costs
-from rsq_stream.block_solver import make_grid
 from rsq_stream.errors import Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
+from rsq_stream.grids import make_grid
 from rsq_stream.measure import measure, measuring_plan
 from rsq_stream.model.architecture import LINEARS, STAGES
 from rsq_stream.ops.pool import Pool

@@ -34,7 +34,7 @@ JOB_FLAGS = """
     --clip-exponent --damping --device --expand --no-act-order --no-refit --refit
     --sweeps --propagate-override --residual-correction --no-residual-correction
     --bpw --shrinkage --preset --head-bits --override
-    --group-scales --group-size --importance --importance-max --importance-min
+    --grid --group-scales --group-size --importance --importance-max --importance-min
     --importance-tokens --importance-chunks --importance-power --importance-visible
     --importance-transform --importance-quantile --importance-skip --importance-mask
     --importance-truncate --importance-bins --importance-reverse --importance-linears
@@ -44,16 +44,23 @@ JOB_FLAGS = """
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
     --threads --unsigned-scales --work-dir
 """
+SERVED_FLAGS = """
+    --activation-bits --activation-group-size --activation-clip
+    --activation-symmetric --activation-asymmetric
+    --kv-bits --kv-clip --kv-symmetric --kv-asymmetric
+"""
 FLAGS = {
-    "quantize": JOB_FLAGS + "--dry-run",
-    "plan": JOB_FLAGS,
+    "quantize": JOB_FLAGS + SERVED_FLAGS + "--dry-run",
+    "plan": JOB_FLAGS + SERVED_FLAGS,
     "status": "",
     "inspect": "--all",
     "verify": "--against",
     "eval": """
         --against --bos --device --max-windows --no-bos --sample --sample-tokens
         --sequence-length --text --threads
-    """,
+    """
+    + SERVED_FLAGS,
+    "sweep": "--device --dry-run --keep-models --output --processes",
     "demo": "--bits --output --samples",
     "doctor": "--work-dir",
 }

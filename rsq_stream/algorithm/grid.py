@@ -6,12 +6,15 @@ the symmetric grid z = 2**(bits-1), so the levels are -2**(bits-1) ..
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.ops.clip_search import best_scale
+from rsq_stream.ops.descent import descend
+from rsq_stream.ops.sweep import sweep
 
 CLIP_STEP = 0.01
 """Candidate scales shrink by 1 % of the full range, as in the reference code."""
@@ -19,7 +22,13 @@ CLIP_STEP = 0.01
 
 @dataclass(frozen=True)
 class Grid:
-    """A family of grids; ``search`` picks scale and zero point for given weights."""
+    """A family of grids; ``search`` picks scale and zero point for given weights.
+
+    These are the integers; ``table_grid.py`` has the others, of values in a table.
+    """
+
+    trials: ClassVar[tuple[float, ...]] = ()
+    """Shares of a row's searched scale that are tried too, by the loss they leave."""
 
     bits: int
     symmetric: bool
@@ -55,7 +64,7 @@ class Grid:
         shrink_P = 1 - CLIP_STEP * torch.arange(
             self.clip_steps, dtype=torch.float32, device=target_RC.device
         )
-        scale_RP = self._storable(full_R[:, None] * shrink_P)
+        scale_RP = self.stored_sizes(full_R[:, None] * shrink_P)
         mirrored = self.symmetric and self.signed_scales
         best_R = best_scale(
             target_RC, scale_RP, zero_R, self.top, self.clip_exponent, mirrored
@@ -66,10 +75,10 @@ class Grid:
 
     def stored(self, scale: Tensor) -> Tensor:
         """Round scales of either sign to the stored type."""
-        return scale.sign() * self._storable(scale.abs())
+        return scale.sign() * self.stored_sizes(scale.abs())
 
-    def _storable(self, scale: Tensor) -> Tensor:
-        """Round to the stored type; what would be stored as 0 or infinity is mended."""
+    def stored_sizes(self, scale: Tensor) -> Tensor:
+        """Round scales of no sign; what would be stored as 0 or infinity is mended."""
         info = torch.finfo(self.storage_type)
         # Whole levels must be finite too: fp16 ends at 65504.
         largest = info.max / (self.top + 1)
@@ -97,6 +106,44 @@ class Grid:
         """Give the codes of plain rounding to nearest, as fp32 whole numbers."""
         code_RC = torch.round(target_RC * (1.0 / scale_R)[:, None]) + zero_R[:, None]
         return code_RC.clamp(0, self.top)
+
+    def codes(self, value: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Give the nearest codes, as whole numbers; all three broadcast."""
+        return (torch.round(value / scale) + zero).clamp(0, self.top)
+
+    def units(self, code: Tensor, zero: Tensor) -> Tensor:
+        """Give what codes stand for before the scale."""
+        return code.float() - zero
+
+    def sweep(
+        self,
+        target_RC: Tensor,
+        weight_RC: Tensor,
+        upper_CC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Quantize a block of columns (``ops/sweep.py``); gives codes and errors."""
+        return sweep(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
+
+    def descend(
+        self,
+        code_RC: Tensor,
+        pull_RC: Tensor,
+        hessian_CC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> Tensor:
+        """Give better codes for a block of columns (``ops/descent.py``)."""
+        return descend(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
+
+    def decode(
+        self, code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor
+    ) -> Float[Tensor, "O I"]:
+        """Give the weights as a loader will see them, fp32."""
+        return decode(code_OI, scale_OG, zero_OG, self.storage_type)
 
 
 def decode(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsq_stream.ops.hadamard import fits, hadamard_kernel
 from rsq_stream.ops.walsh import walsh_product
 
 _LARGEST_PALEY = 1024
@@ -128,6 +129,11 @@ def hadamard_product(x_LN: Float[Tensor, "L N"], order: int) -> Float[Tensor, "L
     fast = walsh_product(x_LN.reshape(-1, order))
     if fast is not None:
         return fast.reshape(rows, width)
+    m, power = factors_of(order) or (order, 1)
+    if fits(x_LN, m, power):
+        dense = paley(m) if m > 1 else sylvester(1)
+        if dense is not None:
+            return hadamard_kernel(x_LN, dense, power)
     after = order
     result = x_LN.reshape(-1, 1, order)
     for factor in kronecker_factors(order):

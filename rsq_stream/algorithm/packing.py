@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
+from rsq_stream.ops.bit_stream import pack_kernel, unpack_kernel
+
 _WORD = 32
 
 
@@ -19,6 +21,13 @@ def packed_words(codes: int, bits: int) -> int:
 
 def pack(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]:
     """Pack each row; codes must be below 2**bits. ``[[1, 2, 3]]`` at 2 bits is 57."""
+    if code_OI.is_cuda:
+        return pack_kernel(code_OI, bits)
+    return pack_naive(code_OI, bits)
+
+
+def pack_naive(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]:
+    """Do the same in torch, on any device."""
     rows, codes = code_OI.shape
     runs = -(-codes // _WORD)
     padded = torch.zeros(rows, runs * _WORD, dtype=torch.int64, device=code_OI.device)
@@ -38,6 +47,15 @@ def unpack(
     word_OW: Int32[Tensor, "O W"], bits: int, codes: int
 ) -> UInt8[Tensor, "O I"]:
     """Undo ``pack``: give ``codes`` codes per row."""
+    if word_OW.is_cuda:
+        return unpack_kernel(word_OW, bits, codes)
+    return unpack_naive(word_OW, bits, codes)
+
+
+def unpack_naive(
+    word_OW: Int32[Tensor, "O W"], bits: int, codes: int
+) -> UInt8[Tensor, "O I"]:
+    """Do the same in torch, on any device."""
     rows, words = word_OW.shape
     runs = -(-codes // _WORD)
     padded = torch.zeros(rows, runs * bits, dtype=torch.int64, device=word_OW.device)

@@ -5,8 +5,9 @@ can be improved against the whole Hessian, each step closed and none raising the
 loss e (H + lambda I) e^T of a row:
 
 - refit: the scale of a group that fits its codes best, by least squares in the
-  Hessian's norm: s += (k H e^T) / (k H k^T), k the codes less the zero point. The
-  stored type is respected: a scale moves only where its rounded value gains.
+  Hessian's norm: s += (k H e^T) / (k H k^T), k what the codes stand for
+  (of integers the codes less the zero point). The stored type is respected: a scale
+  moves only where its rounded value gains.
 - descent: each code in turn moves to the level nearest its minimiser
   (``ops/descent.py``; cyclic coordinate descent, as in QuantEase, arXiv 2309.01885).
 """
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
-from rsq_stream.ops.descent import descend
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Polish:
         if descent:
             scale_R, zero_R = self.scale_RG[:, group], self.zero_RG[:, group]
             level_RL = self.grid.levels(scale_R, zero_R)
-            self.code_RI[:, columns] = descend(
+            self.code_RI[:, columns] = self.grid.descend(
                 self.code_RI[:, columns], pull_RC, hessian_CC, scale_R, zero_R, level_RL
             )
             self._decode(columns, group)
@@ -74,7 +74,7 @@ class Polish:
         self, columns: slice, group: int, pull_RC: Tensor, hessian_CC: Tensor
     ) -> Tensor:
         """Move a group's scales where that gains; gives by how much values moved."""
-        steps_RC = self.code_RI[:, columns].float() - self.zero_RG[:, group, None]
+        steps_RC = self._units(columns, group)
         gain_R = (steps_RC * pull_RC).sum(1)
         energy_R = (steps_RC @ hessian_CC * steps_RC).sum(1)
         before_RC = self.error_RI[:, columns].clone()
@@ -86,7 +86,7 @@ class Polish:
         """Do the same for one scale a row: both sums go over all columns."""
         gain_R = torch.zeros_like(self.scale_RG[:, 0])
         energy_R = torch.zeros_like(gain_R)
-        steps_RI = self.code_RI.float() - self.zero_RG[:, :1]
+        steps_RI = self._units(slice(None), 0)
         for start, end in self._blocks():
             rows_CI = self.factor.hessian_rows(start, end)
             steps_RC = steps_RI[:, start:end]
@@ -108,8 +108,12 @@ class Polish:
         better_R &= (moved_R * scale_R > 0) & moved_R.isfinite()
         self.scale_RG[:, group] = torch.where(better_R, moved_R, scale_R)
 
+    def _units(self, columns: slice, group: int) -> Tensor:
+        """Give what codes of a group stand for before the scale."""
+        return self.grid.units(self.code_RI[:, columns], self.zero_RG[:, group, None])
+
     def _decode(self, columns: slice, group: int) -> None:
         """Bring the errors up to date, with values as a loader computes them."""
-        steps_RC = self.code_RI[:, columns].float() - self.zero_RG[:, group, None]
+        steps_RC = self._units(columns, group)
         decoded_RC = self.grid.rounded(steps_RC * self.scale_RG[:, group, None])
         self.error_RI[:, columns] = self.weight_RI[:, columns] - decoded_RC

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
 from rsq_stream.evaluation.reader import ModelReader
 from rsq_stream.events import Listener, ignore
@@ -92,11 +93,15 @@ def evaluate(
     window_BT: Int[Tensor, "B T"],
     *,
     against: Checkpoint | None = None,
+    scheme: ActivationScheme | None = None,
     workers: int = 1,
     device: str = "cpu",
     listener: Listener = ignore,
 ) -> Evaluation:
     """Measure perplexity, and the divergence from another model if one is given.
+
+    Activations are rounded as ``scheme`` has it, by default as the folder is served;
+    those of ``against`` as its own folder is.
 
     Raises
     ------
@@ -105,7 +110,7 @@ def evaluate(
     """
     began = time.monotonic()
     place = torch.device(device)
-    models = [ModelReader(checkpoint, place)]
+    models = [ModelReader(checkpoint, place, scheme)]
     if against is not None:
         models.append(ModelReader(against, place))
     vocabularies = {model.architecture.vocabulary for model in models}

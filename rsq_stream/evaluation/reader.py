@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import CheckpointError
+from rsq_stream.evaluation.served import served_scheme
 from rsq_stream.format_config import schemes_of
+from rsq_stream.model.activation_quantizer import ActivationQuantizer
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -20,9 +23,18 @@ from rsq_stream.storage.shards import Checkpoint
 
 
 class ModelReader:
-    """Reads a model part by part; quantized linears come decoded."""
+    """Reads a model part by part; quantized linears come decoded.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    Blocks round their activations as ``scheme`` has it, by default as the folder says
+    it is served.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        scheme: ActivationScheme | None = None,
+    ) -> None:
         where = checkpoint.files.where
         self.architecture = read_architecture(checkpoint.config, where)
         self.config = layer_config(self.architecture.family, checkpoint.config)
@@ -33,7 +45,11 @@ class ModelReader:
         )
         self.online = read_rotations(checkpoint.config, self.architecture, where)
         self.device = device
+        scheme = served_scheme(checkpoint) if scheme is None else scheme
+        scheme.require_whole_groups(self.architecture.linear_inputs())
+        self._quantizer = ActivationQuantizer(scheme)
         norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
+        self.stored_type = norm.dtype
         self.compute_type = norm.dtype if device.type == "cuda" else torch.float32
 
     @property
@@ -68,7 +84,15 @@ class ModelReader:
         """Read and decode one block, ready to run."""
         tensors = self.block_tensors(index)
         family = self.architecture.family
-        return Block(family, self.config, index, tensors, rope, self.online)
+        return Block(
+            family,
+            self.config,
+            index,
+            tensors,
+            rope,
+            online=self.online,
+            quantizer=self._quantizer,
+        )
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """Read and decode one block, by the names in it."""

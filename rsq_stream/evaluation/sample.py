@@ -9,6 +9,7 @@ from math import prod
 import psutil
 import torch
 
+from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.calibration import load_tokenizer
 from rsq_stream.evaluation.reader import ModelReader
 from rsq_stream.model.block import Block
@@ -17,18 +18,27 @@ from rsq_stream.storage.shards import Checkpoint
 
 
 def greedy_sample(
-    checkpoint: Checkpoint, prompt: str, tokens: int, *, device: str = "cpu"
+    checkpoint: Checkpoint,
+    prompt: str,
+    tokens: int,
+    *,
+    scheme: ActivationScheme | None = None,
+    device: str = "cpu",
 ) -> str:
-    """Continue ``prompt`` by the likeliest token, ``tokens`` times; gives it all."""
+    """Continue ``prompt`` by the likeliest token, ``tokens`` times; gives it all.
+
+    Activations are rounded as ``scheme`` has it, by default as the folder is served.
+    """
     # One short sequence: threads would wait for each other longer than they work.
     with single_threaded_products(1):
-        return _continued(checkpoint, prompt, tokens, torch.device(device))
+        model = ModelReader(checkpoint, torch.device(device), scheme)
+        return _continued(model, checkpoint, prompt, tokens)
 
 
 def _continued(
-    checkpoint: Checkpoint, prompt: str, tokens: int, place: torch.device
+    model: ModelReader, checkpoint: Checkpoint, prompt: str, tokens: int
 ) -> str:
-    model = ModelReader(checkpoint, place)
+    place = model.device
     folder = checkpoint.files.path("tokenizer_config.json").parent
     tokenizer = load_tokenizer(folder)
     ids: list[int] = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or 0]

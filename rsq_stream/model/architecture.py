@@ -119,6 +119,10 @@ class Architecture:
             "mlp.down_proj": (self.width, self.mlp_width),
         }[name]
 
+    def linear_inputs(self) -> dict[str, int]:
+        """Give the inputs of each linear of a block."""
+        return {name: self.linear_shape(name)[1] for name in LINEARS}
+
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of every tensor of a block, by its name in the block."""
         shapes: dict[str, tuple[int, ...]] = {

@@ -2,7 +2,8 @@
 
 transformers looks the function up by name, so its own layers run unchanged. The
 keyword ``column_sums`` asks for the attention each key receives in place of the
-attention's output; it comes back where a layer returns its attention weights.
+attention's output; it comes back where a layer returns its attention weights. The
+block's ``quantizer`` rounds K and V here, where RoPE is behind them.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.ops.column_sums import column_sums as sum_columns
 
 NAME = "rsq_stream"
@@ -29,6 +31,7 @@ def attention(
     *,
     sliding_window: int | None = None,
     column_sums: bool = False,
+    quantizer: ActivationQuantizer = AS_COMPUTED,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend causally; gives ``[B, T, H, K]`` and, if asked, column sums ``[B, T]``.
@@ -37,12 +40,14 @@ def attention(
     ``column_sums`` the output is not computed; a placeholder of zeros stands in.
     """
     scaling = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
+    query_BHTK, key_BGTK = quantizer.keys(query_BHTK, key_BGTK)
     tokens = query_BHTK.shape[2]
     window = sliding_window if sliding_window and sliding_window < tokens else None
     if column_sums:
         placeholder = query_BHTK.new_zeros(()).expand(query_BHTK.shape)
         sums_BT = sum_columns(query_BHTK, key_BGTK, scaling, window)
         return placeholder.transpose(1, 2), sums_BT
+    value_BGTK = quantizer.values(value_BGTK)
     if window is None:
         output = scaled_dot_product_attention(
             query_BHTK,

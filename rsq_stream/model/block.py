@@ -7,6 +7,8 @@ applied to c and u,
 
     a = norm1(x);  c = attention(q(a), k(a), v(a));  h = x + o(c)
     m = norm2(h);  u = act(gate(m)) * up(m);         x' = h + down(u)
+
+The inputs of linears (a, c, m, u), and K and V, may be rounded on their way.
 """
 
 import importlib
@@ -18,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import Family
 from rsq_stream.model.attention import NAME as ATTENTION
 from rsq_stream.model.online import NO_ROTATIONS, OnlineRotations
@@ -76,7 +79,9 @@ class Block:
         index: int,
         tensors: Mapping[str, Tensor],
         rope: Rope,
+        *,
         online: OnlineRotations = NO_ROTATIONS,
+        quantizer: ActivationQuantizer = AS_COMPUTED,
     ) -> None:
         with torch.device("meta"):
             layer = transformers_class(family, "DecoderLayer")(config, index)
@@ -95,6 +100,7 @@ class Block:
         self._mlp.down_proj = nn.Identity()
         self._rope = rope
         self._online = online
+        self._quantizer = quantizer
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +120,7 @@ class Block:
 
     def attention_input(self, x_BTD: Tensor) -> Tensor:
         """Compute a = norm1(x): the input of q, k, v."""
-        a_BTD: Tensor = self._attention_norm(x_BTD)
-        return a_BTD
+        return self._quantizer.inputs(self._attention_norm(x_BTD))
 
     def column_sums(self, a_BTD: Tensor) -> Float[Tensor, "B T"]:
         """Give the attention each token receives, by the present q and k."""
@@ -125,7 +130,7 @@ class Block:
     def attention_output(self, a_BTD: Tensor) -> Tensor:
         """Compute c = attention(q(a), k(a), v(a)): the input of o, rotated."""
         c_BTI, _ = self._attend(a_BTD)
-        return self._online.of_attention(c_BTI)
+        return self._quantizer.inputs(self._online.of_attention(c_BTI))
 
     def after_attention(self, x_BTD: Tensor, c_BTI: Tensor) -> Tensor:
         """Compute h = x + o(c)."""
@@ -134,13 +139,12 @@ class Block:
 
     def mlp_input(self, h_BTD: Tensor) -> Tensor:
         """Compute m = norm2(h): the input of gate and up."""
-        m_BTD: Tensor = self._mlp_norm(h_BTD)
-        return m_BTD
+        return self._quantizer.inputs(self._mlp_norm(h_BTD))
 
     def mlp_output(self, m_BTD: Tensor) -> Tensor:
         """Compute u = act(gate(m)) * up(m): the input of down, rotated."""
         u_BTI: Tensor = self._mlp(m_BTD)
-        return self._online.of_mlp(u_BTI)
+        return self._quantizer.inputs(self._online.of_mlp(u_BTI))
 
     def after_mlp(self, h_BTD: Tensor, u_BTI: Tensor) -> Tensor:
         """Compute x' = h + down(u): the input of the next block."""
@@ -160,6 +164,7 @@ class Block:
             position_embeddings=(rope.cos_BTK[:, :tokens], rope.sin_BTK[:, :tokens]),
             attention_mask=None,
             position_ids=rope.position_BT[:, :tokens],
+            quantizer=self._quantizer,
             **options,
         )
         return output

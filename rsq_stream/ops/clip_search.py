@@ -13,6 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rsq_stream.ops.launch import (
+    ROWS_PER_BLOCK,
+    WARP,
+    by_rows,
+    chunks_of,
+    launch,
+    output,
+)
+from rsq_stream.ops.library import Kernel
+
 _ROUND = np.float32(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
 
@@ -30,7 +40,7 @@ def best_scale(
     ``scale_RP`` is positive; ``zero_R`` holds whole numbers from 0 to ``top``.
     """
     if target_RC.is_cuda:
-        return best_scale_naive(target_RC, scale_RP, zero_R, top, exponent, mirrored)
+        return best_scale_kernel(target_RC, scale_RP, zero_R, top, exponent, mirrored)
     best_R = np.empty(target_RC.shape[0], dtype=np.int64)
     _best_scale(
         np.ascontiguousarray(target_RC.numpy()),
@@ -42,6 +52,33 @@ def best_scale(
         best_R,
     )
     return torch.from_numpy(best_R)
+
+
+def best_scale_kernel(
+    target_RC: Float[Tensor, "R C"],
+    scale_RP: Float[Tensor, "R P"],
+    zero_R: Float[Tensor, "R"],
+    top: int,
+    exponent: float,
+    mirrored: bool,
+) -> Int[Tensor, "R"]:
+    """Do the same with ``kernels/clip_search.cu``; at most 256 candidates."""
+    rows, columns = target_RC.shape
+    candidates = scale_RP.shape[1]
+    target_RC = by_rows(target_RC)
+    best_R = output((rows,), torch.int64, target_RC.device)
+    defines = chunks_of("clip search", "candidates", candidates)
+    launch(
+        Kernel("clip_search", "clip_search", defines),
+        (-(-rows // ROWS_PER_BLOCK), 1, 1),
+        ROWS_PER_BLOCK * WARP,
+        (
+            *(target_RC, target_RC.stride(0)),
+            *(scale_RP.contiguous(), zero_R.contiguous(), best_R),
+            *(rows, columns, candidates, top, float(exponent), int(mirrored)),
+        ),
+    )
+    return best_R
 
 
 def best_scale_naive(

@@ -9,6 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsq_stream.ops.launch import launch, output
+from rsq_stream.ops.library import Kernel
+
+_TILE = 64
+"""Queries or keys of the kernel's tiles."""
+_THREADS = 256
 _QUERIES = 128
 """Queries per tile; fixed, since it decides the order of the sums."""
 
@@ -24,6 +30,42 @@ def column_sums(
     ``G`` KV heads serve H query heads (H a multiple of G). With ``window`` a
     query sees only that many latest keys, itself included.
     """
+    if query_BHTK.is_cuda:
+        return column_sums_kernel(query_BHTK, key_BGTK, scaling, window)
+    return column_sums_naive(query_BHTK, key_BGTK, scaling, window)
+
+
+def column_sums_kernel(
+    query_BHTK: Float[Tensor, "B H T K"],
+    key_BGTK: Float[Tensor, "B G T K"],
+    scaling: float,
+    window: int | None = None,
+) -> Float[Tensor, "B T"]:
+    """Do the same with ``kernels/column_sums.cu``; heads are added up in order."""
+    sequences, heads, tokens, width = query_BHTK.shape
+    query, key = query_BHTK.float().contiguous(), key_BGTK.float().contiguous()
+    shape = (sequences, heads, tokens)
+    largest, total, sums_BHT = (
+        output(shape, torch.float32, query.device) for _ in range(3)
+    )
+    grid = (-(-tokens // _TILE), heads, sequences)
+    sizes = (heads, key.shape[1], tokens, width, float(scaling), window or 0)
+    for function, made in (
+        ("row_bounds", (largest, total)),
+        ("column_sums", (largest, total, sums_BHT)),
+    ):
+        kernel = Kernel("column_sums", function)
+        launch(kernel, grid, _THREADS, (query, key, *made, *sizes))
+    return sums_BHT.sum(dim=1)
+
+
+def column_sums_naive(
+    query_BHTK: Float[Tensor, "B H T K"],
+    key_BGTK: Float[Tensor, "B G T K"],
+    scaling: float,
+    window: int | None = None,
+) -> Float[Tensor, "B T"]:
+    """Do the same tile by tile of queries, on any device."""
     sequences, heads, tokens, width = query_BHTK.shape
     kv_heads = key_BGTK.shape[1]
     query = query_BHTK.reshape(sequences, kv_heads, heads // kv_heads, tokens, width)

@@ -13,6 +13,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from rsq_stream.ops.launch import (
+    ROWS_PER_BLOCK,
+    WARP,
+    by_rows,
+    chunks_of,
+    launch,
+    output,
+)
+from rsq_stream.ops.library import Kernel
+
 _ROUND = np.float32(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
 
@@ -30,7 +40,7 @@ def descend(
     ``pull_RC`` is P = e H at these columns; ``level_RL`` what each code decodes to.
     """
     if code_RC.is_cuda:
-        return descend_naive(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
+        return descend_kernel(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
     code_CR = code_RC.T.contiguous().numpy().copy()
     _descend(
         code_CR,
@@ -41,6 +51,33 @@ def descend(
         level_RL.contiguous().numpy(),
     )
     return torch.from_numpy(code_CR).T
+
+
+def descend_kernel(
+    code_RC: UInt8[Tensor, "R C"],
+    pull_RC: Float[Tensor, "R C"],
+    hessian_CC: Float[Tensor, "C C"],
+    scale_R: Float[Tensor, "R"],
+    zero_R: Float[Tensor, "R"],
+    level_RL: Float[Tensor, "R L"],
+) -> UInt8[Tensor, "R C"]:
+    """Do the same with ``kernels/descent.cu``; at most 256 columns."""
+    rows, columns = code_RC.shape
+    code_RC, pull_RC, hessian_CC = map(by_rows, (code_RC, pull_RC, hessian_CC))
+    better_RC = output((rows, columns), torch.uint8, code_RC.device)
+    launch(
+        Kernel("descent", "descent", chunks_of("descent", "columns", columns)),
+        (-(-rows // ROWS_PER_BLOCK), 1, 1),
+        ROWS_PER_BLOCK * WARP,
+        (
+            *(code_RC, code_RC.stride(0)),
+            *(pull_RC, pull_RC.stride(0)),
+            *(hessian_CC, hessian_CC.stride(0)),
+            *(scale_R.contiguous(), zero_R.contiguous(), level_RL.contiguous()),
+            *(better_RC, rows, columns, level_RL.shape[1]),
+        ),
+    )
+    return better_RC
 
 
 def descend_naive(

@@ -12,6 +12,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from rsq_stream.ops.launch import (
+    ROWS_PER_BLOCK,
+    WARP,
+    by_rows,
+    chunks_of,
+    launch,
+    output,
+)
+from rsq_stream.ops.library import Kernel
+
 _ROUND = np.float32(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
 
@@ -44,7 +54,7 @@ def sweep(
     The codes and the errors ``weight - level[code]``.
     """
     if target_RC.is_cuda:
-        return sweep_naive(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
+        return sweep_kernel(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
     code_CR = np.empty(target_RC.T.shape, dtype=np.uint8)
     error_CR = np.empty(target_RC.T.shape, dtype=np.float32)
     _sweep(
@@ -58,6 +68,35 @@ def sweep(
         error_CR,
     )
     return torch.from_numpy(code_CR).T, torch.from_numpy(error_CR).T
+
+
+def sweep_kernel(
+    target_RC: Float[Tensor, "R C"],
+    weight_RC: Float[Tensor, "R C"],
+    upper_CC: Float[Tensor, "C C"],
+    scale_R: Float[Tensor, "R"],
+    zero_R: Float[Tensor, "R"],
+    level_RL: Float[Tensor, "R L"],
+) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+    """Do the same with ``kernels/sweep.cu``; at most 256 columns."""
+    rows, columns = target_RC.shape
+    target_RC, weight_RC, upper_CC = map(by_rows, (target_RC, weight_RC, upper_CC))
+    code_RC = output((rows, columns), torch.uint8, target_RC.device)
+    error_RC = output((rows, columns), torch.float32, target_RC.device)
+    launch(
+        Kernel("sweep", "sweep", chunks_of("sweep", "columns", columns)),
+        (-(-rows // ROWS_PER_BLOCK), 1, 1),
+        ROWS_PER_BLOCK * WARP,
+        (
+            *(target_RC, target_RC.stride(0)),
+            *(weight_RC, weight_RC.stride(0)),
+            *(upper_CC, upper_CC.stride(0)),
+            *(scale_R.contiguous(), zero_R.contiguous(), level_RL.contiguous()),
+            *(code_RC, error_RC),
+            *(rows, columns, level_RL.shape[1]),
+        ),
+    )
+    return code_RC, error_RC
 
 
 def sweep_naive(

@@ -1,0 +1,202 @@
+"""One tile of rows on its way through all columns.
+
+Per block of columns one product with the errors so far, then the sweep; afterwards
+refit and descent (``polish.py``). A grid may have several scales of a row tried: the
+row is swept with each, and keeps the one that leaves the least loss.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.algorithm.factor import Factor
+from rsq_stream.algorithm.grid import Grid
+from rsq_stream.algorithm.polish import Polish
+
+
+@dataclass
+class Tile:
+    """What one tile of rows came to."""
+
+    code_RI: Tensor
+    nearest_RI: Tensor
+    scale_RG: Tensor
+    zero_RG: Tensor
+    losses: Tensor
+    """fp64: the solver's loss, rounding's, and the energy tr(W H W^T)."""
+
+
+def solve_tile(
+    weight_RI: Tensor,
+    *,
+    factor: Factor,
+    grid: Grid,
+    group_size: int,
+    dynamic_scales: bool,
+    sweeps: int,
+    refit: bool,
+) -> Tile:
+    """Quantize a tile of rows; ``solver.solve`` says what the arguments are."""
+    sweep_tile = partial(
+        _sweep_tile, weight_RI, factor, grid, group_size, dynamic_scales=dynamic_scales
+    )
+    if group_size == -1:
+        found_R, zero_R = grid.search(weight_RI)
+        made = sweep_tile((found_R, zero_R))
+        for share in grid.trials:
+            tried = sweep_tile((grid.stored(found_R * share), zero_R))
+            made.take_better_rows(tried)
+    else:
+        made = sweep_tile(None)
+    if sweeps or refit:
+        polish = Polish(
+            weight_RI,
+            made.code_RI,
+            made.scale_RG,
+            made.zero_RG,
+            made.error_RI,
+            factor,
+            grid,
+            group_size,
+        )
+        polish.run(sweeps, refit=refit)
+    if sweeps or refit or grid.trials:
+        # Rounding is compared with the scales that are kept.
+        made.nearest_RI, made.nearest_error_RI = _rounded(
+            weight_RI, made.scale_RG, made.zero_RG, grid
+        )
+    losses = [
+        weighted_loss(part_RI, factor)
+        for part_RI in (made.error_RI, made.nearest_error_RI, weight_RI)
+    ]
+    return Tile(
+        made.code_RI,
+        made.nearest_RI,
+        made.scale_RG,
+        made.zero_RG,
+        torch.stack(losses),
+    )
+
+
+@dataclass
+class _Swept:
+    """A tile of rows after the sweep."""
+
+    code_RI: Tensor
+    error_RI: Tensor
+    nearest_RI: Tensor
+    nearest_error_RI: Tensor
+    scale_RG: Tensor
+    zero_RG: Tensor
+    loss_R: Tensor
+    """e (H + lambda I) e^T of each row; only where scales are tried."""
+
+    def take_better_rows(self, other: "_Swept") -> None:
+        """Take over the rows in which the other leaves less of a loss."""
+        better_R = other.loss_R < self.loss_R
+        for field in fields(self):
+            getattr(self, field.name)[better_R] = getattr(other, field.name)[better_R]
+
+
+def _sweep_tile(
+    weight_RI: Tensor,
+    factor: Factor,
+    grid: Grid,
+    group_size: int,
+    given: tuple[Tensor, Tensor] | None,
+    *,
+    dynamic_scales: bool,
+) -> _Swept:
+    """Take a tile of rows through all columns.
+
+    ``given`` are scale and zero point of each row; without them, groups have their own.
+    """
+    rows, inputs = weight_RI.shape
+    block = factor.tiles[0].shape[0] if group_size == -1 else group_size
+    groups = 1 if group_size == -1 else inputs // group_size
+    error_RI = torch.empty_like(weight_RI)
+    nearest_error_RI = torch.empty_like(weight_RI)
+    code_RI = torch.empty(rows, inputs, dtype=torch.uint8, device=weight_RI.device)
+    nearest_RI = torch.empty_like(code_RI)
+    scale_RG = weight_RI.new_empty(rows, groups)
+    zero_RG = weight_RI.new_empty(rows, groups)
+    loss_R = torch.zeros_like(weight_RI[:, 0])
+    for start in range(0, inputs, block):
+        columns = slice(start, min(start + block, inputs))
+        weight_RC = weight_RI[:, columns]
+        target_RC = torch.addmm(
+            weight_RC, error_RI[:, :start], factor.matrix_II[:start, columns]
+        )
+        group = 0 if group_size == -1 else start // block
+        if group_size != -1:
+            unit_CC = factor.matrix_II[columns, columns]
+            searched_RC = (
+                _current(weight_RC, target_RC, unit_CC) if dynamic_scales else weight_RC
+            )
+            scale_RG[:, group], zero_RG[:, group] = grid.search(searched_RC)
+        elif start == 0 and given is not None:
+            scale_RG[:, 0], zero_RG[:, 0] = given
+        scale_R, zero_R = scale_RG[:, group].clone(), zero_RG[:, group].clone()
+        level_RL = grid.levels(scale_R, zero_R)
+        code_RI[:, columns], error_RI[:, columns] = grid.sweep(
+            target_RC,
+            weight_RC,
+            factor.matrix_II[columns, columns],
+            scale_R,
+            zero_R,
+            level_RL,
+        )
+        nearest_RC = grid.nearest(weight_RC, scale_R, zero_R)
+        nearest_RI[:, columns] = nearest_RC
+        nearest_error_RI[:, columns] = weight_RC - level_RL.gather(1, nearest_RC.long())
+        if grid.trials:
+            unit_CC = factor.matrix_II[columns, columns].triu(1)
+            left_RC = error_RI[:, columns] @ unit_CC + error_RI[:, columns]
+            left_RC += target_RC - weight_RC
+            loss_R += left_RC.square() @ factor.scale_I[columns]
+    return _Swept(
+        code_RI, error_RI, nearest_RI, nearest_error_RI, scale_RG, zero_RG, loss_R
+    )
+
+
+def _rounded(
+    weight_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Give the codes of plain rounding with given scales, and their errors."""
+    scale_RI, zero_RI = (
+        part_RG.repeat_interleave(weight_RI.shape[1] // part_RG.shape[1], dim=1)
+        for part_RG in (scale_RG, zero_RG)
+    )
+    code_RI = grid.codes(weight_RI, scale_RI, zero_RI)
+    error_RI = weight_RI - grid.rounded(grid.units(code_RI, zero_RI) * scale_RI)
+    return code_RI.to(torch.uint8), error_RI
+
+
+def _current(weight_RC: Tensor, target_RC: Tensor, unit_CC: Tensor) -> Tensor:
+    """Give the best continuous values of a group, all earlier errors made up for.
+
+    These are the weights that GPTQ has in place when it reaches the group. The
+    sweep's targets leave out what the group's own columns will add; taking that
+    back is one triangular solve: w + (E U)[:, group] U[group, group]^-1.
+    """
+    owed_RC: Tensor = torch.linalg.solve_triangular(
+        unit_CC, target_RC - weight_RC, upper=True, left=False, unitriangular=True
+    )
+    return weight_RC + owed_RC
+
+
+def weighted_loss(error_RI: Float[Tensor, "R I"], factor: Factor) -> Tensor:
+    """Compute tr(E H E^T) in fp64 sums, H undamped, from the lower triangle."""
+    total = torch.zeros((), dtype=torch.float64, device=error_RI.device)
+    start = 0
+    for tile_CC in factor.tiles:
+        end = start + tile_CC.shape[0]
+        error_RC = error_RI[:, start:end]
+        below_RC = error_RI[:, end:] @ factor.matrix_II[end:, start:end]
+        product_RC = error_RC @ tile_CC + 2 * below_RC
+        total += (error_RC * product_RC).sum(dtype=torch.float64)
+        start = end
+    return total

@@ -1,0 +1,75 @@
+"""Hadamard product of runs of columns on a CUDA device, in one pass over memory.
+
+How the matrix is built, and the twin that runs everywhere, are in
+``algorithm/hadamard.py``.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.ops.launch import launch, output, shared_limit
+from rsq_stream.ops.library import Kernel
+
+_TYPES = (torch.float32, torch.bfloat16)
+_WIDEST_DENSE = 64
+"""The signs of a row of the dense factor are one mask of 64 bits."""
+_LONGEST_POWER = 1 << 16
+_BLOCK_ENTRIES = 2048
+"""Short runs go several to a block."""
+_THREADS = 256
+
+
+def fits(x_LN: Tensor, dense: int, power: int) -> bool:
+    """Say whether the kernel takes runs of dense x power entries of this type."""
+    return (
+        x_LN.is_cuda
+        and x_LN.dtype in _TYPES
+        and dense <= _WIDEST_DENSE
+        and power <= _LONGEST_POWER
+        and _shared_bytes(1, dense * power) <= shared_limit(x_LN.device)
+    )
+
+
+def hadamard_kernel(
+    x_LN: Float[Tensor, "L N"], dense_DD: Tensor, power: int
+) -> Float[Tensor, "L N"]:
+    """Compute ``x (I kron M kron S) / sqrt(D power)`` with ``kernels/hadamard.cu``.
+
+    ``dense_DD`` is the int8 factor M, +-1; S is Sylvester's of order ``power``.
+    bf16 is computed in fp32 and rounded once.
+    """
+    dense = dense_DD.shape[0]
+    width = dense * power
+    rows = x_LN.numel() // width
+    per_block = max(1, _BLOCK_ENTRIES // width)
+    made_LN = output(x_LN.shape, x_LN.dtype, x_LN.device)
+    defines = [
+        f"LOG={power.bit_length() - 1}",
+        f"DENSE={dense}",
+        f"ROWS={per_block}",
+        f"SIGNS={','.join(_masks(dense_DD))}",
+    ]
+    if x_LN.dtype == torch.bfloat16:
+        defines.append("BF16")
+    kernel = Kernel(
+        "hadamard", "hadamard", tuple(defines), _shared_bytes(per_block, width)
+    )
+    grid = (-(-rows // per_block), 1, 1)
+    arguments = (x_LN.contiguous(), made_LN, rows, 1.0 / math.sqrt(width))
+    launch(kernel, grid, _THREADS, arguments)
+    return made_LN
+
+
+def _shared_bytes(rows: int, width: int) -> int:
+    entries = rows * width
+    return 4 * (entries + entries // 32 + 1)
+
+
+def _masks(dense_DD: Tensor) -> list[str]:
+    """Give each row's signs as a mask: bit d' is set where the entry is -1."""
+    negative = (dense_DD < 0).tolist()
+    masks = [sum(int(sign) << at for at, sign in enumerate(row)) for row in negative]
+    return [f"0x{mask:x}ull" for mask in masks]

@@ -1,0 +1,204 @@
+"""Each kernel, from its own source, agrees with its twin; on the CPU through g++."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rsq_stream.cli import doctor_kernels
+
+from rsq_stream.algorithm.hadamard import (
+    factors_of,
+    kronecker_factors,
+    paley,
+    sylvester,
+)
+from rsq_stream.algorithm.packing import pack_naive, unpack_naive
+from rsq_stream.errors import KernelError
+from rsq_stream.ops import (
+    bit_stream,
+    clip_search,
+    column_sums,
+    descent,
+    hadamard,
+    sweep,
+)
+from tests import host_kernels
+from tests.test_clip_search import candidates, errors_of
+from tests.test_clip_search import random as rows_of
+from tests.test_column_sums import SCALING, eager_map, random_heads, worst
+from tests.test_sweep import problem
+
+pytestmark = pytest.mark.skipif(
+    host_kernels.compiler() is None, reason="needs g++, which is absent"
+)
+FACES = (bit_stream, clip_search, column_sums, descent, hadamard, sweep)
+each_size = pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (5, 63), (3, 137), (6, 172)]
+)
+
+
+@pytest.fixture(autouse=True)
+def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put g++ in the place of the driver; outputs begin poisoned, between guards."""
+    for face in FACES:
+        monkeypatch.setattr(face, "launch", host_kernels.launch)
+        monkeypatch.setattr(face, "output", host_kernels.output)
+    yield
+    host_kernels.require_guards()
+
+
+@each_size
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("zero", ["symmetric", "zero-points"])
+def test_sweep_is_its_twin(rows, columns, bits, zero):
+    given = problem(rows, columns, bits, zero)
+    code_RC, error_RC = sweep.sweep_kernel(*given)
+    naive_code_RC, naive_error_RC = sweep.sweep_naive(*given)
+    assert torch.equal(code_RC, naive_code_RC)
+    assert torch.equal(error_RC, naive_error_RC)
+
+
+@each_size
+@pytest.mark.parametrize("bits", [2, 4])
+def test_descent_is_its_twin(rows, columns, bits):
+    given = problem(rows, columns, bits, "symmetric")
+    generator = torch.Generator().manual_seed(columns)
+    root_CC = torch.randn(columns, columns + 9, generator=generator)
+    hessian_CC = root_CC @ root_CC.T / columns
+    code_RC = torch.randint(2**bits, (rows, columns), generator=generator)
+    code_RC = code_RC.to(torch.uint8)
+    rest = (given.target_RC, hessian_CC, given.scale_R, given.zero_R, given.level_RL)
+    found_RC = descent.descend_kernel(code_RC, *rest)
+    assert torch.equal(found_RC, descent.descend(code_RC, *rest))
+    same = found_RC == descent.descend_naive(code_RC, *rest)
+    assert float(same.double().mean()) >= 0.999
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 63), (6, 137)])
+@pytest.mark.parametrize("kind", ["mirrored", "upright", "zero"])
+@pytest.mark.parametrize("exponent", [2.0, 2.4])
+def test_clip_search_chooses_as_its_twin(rows, columns, kind, exponent):
+    target_RC, mirrored = rows_of(rows, columns), kind == "mirrored"
+    scale_RP, zero_R = candidates(target_RC, 3, kind)
+    given = (target_RC, scale_RP, zero_R, 7, exponent, mirrored)
+    found_R = clip_search.best_scale_kernel(*given)
+    signed_RP = torch.cat([scale_RP, -scale_RP], 1) if mirrored else scale_RP
+    error_RP = errors_of(target_RC, signed_RP, zero_R, 7, exponent)
+    place_R = torch.where(found_R < 0, scale_RP.shape[1] - 1 - found_R, found_R)
+    chosen_R = error_RP.gather(1, place_R[:, None])[:, 0]
+    assert bool((chosen_R <= error_RP.amin(1) * (1 + 1e-5)).all())
+    if exponent == 2.0:
+        assert torch.equal(found_R, clip_search.best_scale(*given))
+
+
+def test_clip_search_breaks_ties_as_its_twin():
+    scale_RP = torch.tensor([[4.0, 1.0, 1.0, 0.5]]).repeat(4, 1)
+    rows = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-2.0, 1.0], [2.0, -1.0]])
+    given = (rows, scale_RP, torch.full((4,), 2.0), 3, 2.0, True)
+    assert clip_search.best_scale_kernel(*given).tolist() == [0, 1, 1, -2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "width"),
+    [(1, 1, 1, 1), (63, 6, 2, 26), (137, 2, 2, 16), (172, 3, 1, 63)],
+)
+@pytest.mark.parametrize("window", [None, 1, 20, 63, 300])
+def test_column_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window):
+    made = random_heads(tokens, heads, kv_heads, width)
+    exact_BT = eager_map(made, window, torch.float64).sum((1, 2))
+    naive_BT = eager_map(made, window, torch.float32).sum((1, 2))
+    query, key = made.query_BHTK, made.key_BGTK
+    found_BT = column_sums.column_sums_kernel(query, key, SCALING, window)
+    budget = 2 * worst(naive_BT - exact_BT) + 1e-6 * worst(exact_BT)
+    assert worst(found_BT - exact_BT) <= budget
+
+
+@pytest.mark.parametrize("factor", [0.0, 100.0])
+def test_no_mass_is_lost(factor):
+    made = random_heads(137, 2, 1, 26)
+    query, key = factor * made.query_BHTK, factor * made.key_BGTK
+    total_B = column_sums.column_sums_kernel(query, key, SCALING).double().sum(1)
+    expected_B = torch.full_like(total_B, 2 * 137)
+    torch.testing.assert_close(total_B, expected_B, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("codes", [1, 32, 63, 137, 172])
+def test_packing_is_its_twin(codes, bits):
+    generator = torch.Generator().manual_seed(codes)
+    code_OI = torch.randint(2**bits, (5, codes), generator=generator).to(torch.uint8)
+    word_OW = bit_stream.pack_kernel(code_OI, bits)
+    assert torch.equal(word_OW, pack_naive(code_OI, bits))
+    assert torch.equal(bit_stream.unpack_kernel(word_OW, bits, codes), code_OI)
+    assert torch.equal(unpack_naive(word_OW, bits, codes), code_OI)
+
+
+@pytest.mark.parametrize(
+    ("rows", "order", "runs", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (3, 2, 63, torch.float32),
+        (5, 12, 1, torch.float32),
+        (3, 20, 2, torch.bfloat16),
+        (2, 64, 3, torch.float32),
+        (17, 128, 1, torch.bfloat16),
+        (3, 512, 1, torch.float32),
+        (2, 1536, 1, torch.bfloat16),
+        (1, 3584, 1, torch.float32),
+    ],
+)
+def test_hadamard_keeps_to_the_budget(rows, order, runs, dtype):
+    generator = torch.Generator().manual_seed(order)
+    x_LN = torch.randn(rows, order * runs, generator=generator).to(dtype)
+    dense = torch.ones(1, 1, dtype=torch.float64)
+    for factor in kronecker_factors(order):
+        dense = torch.kron(dense, factor.double())
+    dense /= math.sqrt(order)
+    exact_LN = (x_LN.double().reshape(-1, order) @ dense).reshape(x_LN.shape)
+    naive_LN = (x_LN.float().reshape(-1, order) @ dense.float()).to(dtype)
+    split = factors_of(order)
+    assert split is not None
+    small = sylvester(1) if split[0] == 1 else paley(split[0])
+    assert small is not None
+    found_LN = hadamard.hadamard_kernel(x_LN, small, split[1])
+    assert found_LN.dtype == dtype
+    naive = (naive_LN.reshape(x_LN.shape).double() - exact_LN).square().mean().sqrt()
+    found = (found_LN.double() - exact_LN).square().mean().sqrt()
+    assert float(found) <= 2 * float(naive) + 1e-7
+
+
+def test_bf16_is_rounded_to_the_nearest_even():
+    x_LN = torch.tensor([[1.0, 2**-8], [1.0, 3 * 2**-8], [-3.0, 2**-9]]).bfloat16()
+    found_LN = hadamard.hadamard_kernel(x_LN, sylvester(1), 2)
+    root = torch.tensor(2.0).rsqrt()
+    sums = torch.stack(
+        [x_LN[:, 0].float() + x_LN[:, 1], x_LN[:, 0].float() - x_LN[:, 1]]
+    )
+    assert torch.equal(found_LN, (sums.T * root).bfloat16())
+
+
+def test_what_a_kernel_does_not_take_is_refused():
+    given = problem(2, 257, 3, "symmetric")
+    with pytest.raises(KernelError, match="sweep: 1 to 256 columns at a time, not 257"):
+        sweep.sweep_kernel(*given)
+    query = torch.zeros(1, 65536, 1, 1)
+    with pytest.raises(KernelError, match=r"column_sums.* is beyond"):
+        column_sums.column_sums_kernel(query, query[:, :1], SCALING)
+
+
+def test_doctor_compares_what_kernels_give(monkeypatch):
+    """On the CPU kernel and twin agree; a result that is off must be found."""
+    checks = doctor_kernels._checks("cpu")
+    for check in checks:
+        check.require()
+    equal, budget = doctor_kernels._equal, doctor_kernels._budget
+    monkeypatch.setattr(
+        doctor_kernels, "_equal", lambda what, found, twin: equal(what, found + 1, twin)
+    )
+    monkeypatch.setattr(
+        doctor_kernels, "_budget", lambda found, *rest: budget(found * 1.001, *rest)
+    )
+    for check in checks:
+        with pytest.raises(ArithmeticError):
+            check.require()
