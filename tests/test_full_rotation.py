@@ -229,6 +229,7 @@ def whole_model(source: Path, plan: Any) -> Any:
         ("mistral", {"method": "rtn", "symmetric": False}),
         ("qwen2", {"method": "gptq", "overrides": ("o_proj=4", "down_proj@1=16")}),
         ("qwen3", {"group_size": -1, "head_bits": 8}),
+        ("llama", {"grid": "nf", "method": "rtn"}),
     ],
 )
 def test_a_quantized_model_is_the_textbooks_with_its_weights(
