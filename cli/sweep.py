@@ -184,10 +184,11 @@ def _run(
                     f" {found['perplexity']:.3f}  {found['seconds']:.1f} s"
                     f"  {ended.place.name}{kept}",
                 )
-        if stop.event.is_set() and done + len(failures) < total:
+        left = len(_missing(folder, runs))
+        if stop.event.is_set() and left > len(failures):
             raise Interrupted(
-                f"stopped with {done} of {total} runs finished; the same command goes"
-                " on where each stopped"
+                f"stopped with {total - left} of {total} runs finished; the same"
+                " command goes on where each stopped"
             )
     return failures
 
