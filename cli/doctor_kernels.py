@@ -50,7 +50,7 @@ def compiled(architecture: str) -> str:
 
 def on_device(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     """Give each kernel's name and its check, which returns its time."""
-    for check in _checks(device):
+    for check in kernel_checks(device):
         yield check.name, lambda check=check: _checked(check, device)  # type: ignore[misc]
 
 
@@ -80,7 +80,8 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return float(begun.elapsed_time(ended)) / _ROUNDS
 
 
-def _checks(device: str) -> list[KernelCheck]:
+def kernel_checks(device: str) -> list[KernelCheck]:
+    """Give a check for each kernel; on the CPU its compiled twin stands in."""
     import torch
 
     torch.manual_seed(0)

@@ -246,7 +246,7 @@ def test_what_a_kernel_does_not_take_is_refused():
 
 def test_doctor_compares_what_kernels_give(monkeypatch):
     """On the CPU kernel and twin agree; a result that is off must be found."""
-    checks = doctor_kernels._checks("cpu")
+    checks = doctor_kernels.kernel_checks("cpu")
     for check in checks:
         check.require()
     equal, budget = doctor_kernels._equal, doctor_kernels._budget
