@@ -31,7 +31,8 @@ def plan(
     With --bpw it measures first, and leaves that for quantize in the work folder.
     """
     del debug
-    made = prepare(model, job, read_calibration=job.bpw is not None)
+    measures = job.bpw is not None
+    made = prepare(model, job, read_calibration=measures, imagined=not measures)
     choice = None
     if job.bpw is not None:
         with StopRequest() as stop, shown(silent=quiet or as_json) as listener:
@@ -103,7 +104,9 @@ def rows(made: Prepared) -> dict[str, str]:
         "bits per weight": f"{execution.bits_per_weight:.3f} over the whole model",
         "device": f"{options.device}, {options.workers} threads,"
         f" {execution.in_flight} units in flight",
+        **_gpu_memory(made),
         "host memory": size(execution.working_bytes + _resident_bytes(made)),
+        "tightest stage": execution.tightest.name,
         "scratch on disk": size(execution.scratch_bytes),
         "written in all": size(execution.written_bytes),
         "free on disk": size(_free_bytes(options.output)),
@@ -112,6 +115,18 @@ def rows(made: Prepared) -> dict[str, str]:
         "plan": plan.sha256[:16],
     }
     return found
+
+
+def _gpu_memory(made: Prepared) -> dict[str, str]:
+    """Say what of the card is needed, and where a block's weights lie."""
+    if not made.options.on_gpu:
+        return {}
+    text = size(made.execution.device_bytes)
+    if made.options.vram_bytes is not None:
+        text += f" of {size(made.options.vram_bytes)}"
+    if made.execution.streams_weights:
+        text += "; weights are fetched from host memory for each use"
+    return {"GPU memory": text}
 
 
 def _codes(plan: QuantizationPlan, grid: str, group: str) -> dict[str, str]:

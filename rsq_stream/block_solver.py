@@ -8,6 +8,7 @@ down on what quantized gate and up give: true-sequential, with partial forwards.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import factorise
@@ -25,6 +26,8 @@ from rsq_stream.streams import WRITES_H, Stream
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
+_DECODED = 1 << 24
+"""Codes that are decoded at a time."""
 
 
 @dataclass
@@ -35,7 +38,7 @@ class BlockSolver:
     streams: list[Stream]
     """The quantized stream; with error propagation the full-precision one too."""
     weights: dict[str, Tensor]
-    """fp32 weights by linear; each is dropped when it is solved."""
+    """fp32 weights by linear, in host memory; each is dropped when it is solved."""
     schemes: dict[str, Scheme]
     """How each linear is quantized; those that are kept are absent."""
     grids: dict[str, Grid]
@@ -88,7 +91,7 @@ class BlockSolver:
         for linear in linears:
             weight_OI = target_OI = self.weights.pop(linear)
             if order_I is not None:
-                target_OI = weight_OI[:, order_I]
+                target_OI = weight_OI[:, order_I.to(weight_OI.device)]
             share = self.plan.propagate_share(block_prefix(self.index) + linear)
             if drift is not None and share > 0:
                 target_OI = target_OI + drift.correction(
@@ -107,9 +110,9 @@ class BlockSolver:
             )
             if order_I is not None:
                 solution = put_back(solution, order_I)
-            self.streams[0].block.replace_weight(
-                linear, decoded(solution, self.grids[linear])
-            )
+            block = self.streams[0].block
+            kind = block.weight(linear).dtype
+            block.replace_weight(linear, decoded(solution, self.grids[linear], kind))
             self.keep(linear, solution)
             self.records.append(
                 record(
@@ -124,9 +127,14 @@ class BlockSolver:
             )
 
 
-def decoded(solution: Solution, grid: Grid) -> Tensor:
-    """Give the weights as a loader will see them, fp32."""
-    return grid.decode(solution.code_OI, solution.scale_OG, solution.zero_OG)
+def decoded(
+    solution: Solution, grid: Grid, kind: torch.dtype = torch.float32
+) -> Tensor:
+    """Give the weights as a loader will see them, in a type that is exact for them."""
+    parts = (solution.code_OI, solution.scale_OG, solution.zero_OG)
+    rows = max(1, _DECODED // solution.code_OI.shape[1])
+    by_rows = zip(*(part.split(rows) for part in parts), strict=True)
+    return torch.cat([grid.decode(*part).to(kind) for part in by_rows])
 
 
 def round_block(

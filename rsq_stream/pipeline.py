@@ -236,7 +236,6 @@ class _Run:
             records = self._round(index, tensors)
         else:
             solver, done = self._setup.open(index, tensors)
-            tensors.clear()
             records = solver.run(done)
         self._commit(index, time.monotonic() - began, records)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from rsq_stream.ops.bit_stream import pack_kernel, unpack_kernel
 
 _WORD = 32
+_CODES = 1 << 22
+"""Codes that are packed at a time."""
 
 
 def packed_words(codes: int, bits: int) -> int:
@@ -23,7 +25,9 @@ def pack(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]:
     """Pack each row; codes must be below 2**bits. ``[[1, 2, 3]]`` at 2 bits is 57."""
     if code_OI.is_cuda:
         return pack_kernel(code_OI, bits)
-    return pack_naive(code_OI, bits)
+    # Some rows at a time: each code is 64 bits wide on its way.
+    rows = max(1, _CODES // max(1, code_OI.shape[1]))
+    return torch.cat([pack_naive(part_RI, bits) for part_RI in code_OI.split(rows)])
 
 
 def pack_naive(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]:
