@@ -14,6 +14,7 @@ from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
 from .progress import shown
+from .serving import serving_of, serving_rows
 from .stopping import StopRequest
 from .text import exact_size, facts, remark, say, say_json, size
 
@@ -52,7 +53,7 @@ def show(made: Prepared, *, as_json: bool) -> None:
     if as_json:
         say_json(as_object(made))
     else:
-        say(facts(rows(made)))
+        say(facts(rows(made) | serving_rows(serving_of(made))))
 
 
 def as_object(made: Prepared) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def as_object(made: Prepared) -> dict[str, Any]:
         "plan": dataclasses.asdict(made.plan),
         "execution": dataclasses.asdict(made.execution),
         "plan_sha256": made.plan.sha256,
+        "serving": dataclasses.asdict(serving_of(made)),
     }
 
 
