@@ -19,6 +19,7 @@ from rsq_stream.model.architecture import (
     STAGES,
     Architecture,
     Stage,
+    role,
 )
 
 FP32 = 4
@@ -157,7 +158,7 @@ class MemoryPlan:
         if plan.streams > 1:
             target += 3 * FP32 * whole  # the correction by tile, whole, and the sum
         host = self._solver_weights(solved) + target
-        return self._made(f"{stage.name}: solve {_role(linear)}", device, host)
+        return self._made(f"{stage.name}: solve {role(linear)}", device, host)
 
     def _outputs(self, solved: list[str]) -> StageMemory:
         """Count the pass that writes the next block's inputs."""
@@ -265,7 +266,3 @@ class MemoryPlan:
 def _itemsize(name: str) -> int:
     kind: torch.dtype = getattr(torch, name)
     return kind.itemsize
-
-
-def _role(linear: str) -> str:
-    return linear.rpartition(".")[2].removesuffix("_proj")

@@ -1,5 +1,7 @@
 """What a GPU has free, and how much of it this process may take."""
 
+import gc
+
 import torch
 
 
@@ -26,3 +28,10 @@ def peak_bytes(device: torch.device) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return int(peak)
+
+
+def give_back_device_memory() -> None:
+    """Have the allocator give free blocks back, so that it can cut them anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
