@@ -14,6 +14,7 @@ from .options import Debug, DryRun, Json, Model, Quiet
 from .plan import as_object, show, warn_about_disk
 from .prepare import Prepared, prepare
 from .progress import shown
+from .serving import serving_of, serving_rows
 from .stopping import StopRequest
 from .text import duration, exact_size, facts, remark, say, say_aside, say_json
 
@@ -97,6 +98,7 @@ def _report(
         "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
         **_errors(summary.records),
         "time": duration(summary.seconds),
+        **serving_rows(serving_of(made)),
         "load it": loader,
         "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
     }

@@ -42,7 +42,7 @@ JOB_FLAGS = """
     --keep-work --method --output --propagate --ram --restart
     --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
-    --threads --unsigned-scales --work-dir
+    --threads --unsigned-scales --vram --work-dir
 """
 SERVED_FLAGS = """
     --activation-bits --activation-group-size --activation-clip
