@@ -131,6 +131,7 @@ def plan_execution(
             for name in LINEARS
             if architecture.linear_shape(name)[1] % plan.group_size
         ),
+        used_bytes=room.used_bytes,
         streams_weights=memory.streams_weights,
         device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
         stages=stages,

@@ -35,7 +35,9 @@ class Scarce:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_checkpoint(tmp_path_factory.mktemp("scarce") / "toy", blocks=1, straddle=False)
+    return toy_checkpoint(
+        tmp_path_factory.mktemp("scarce") / "toy", blocks=1, straddle=False
+    )
 
 
 @pytest.fixture(scope="module")
