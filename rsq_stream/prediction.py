@@ -76,7 +76,9 @@ class _Work:
         for number, stage in enumerate(STAGES):
             found[f"{stage.name}: pass"] = self._pass(number, stage)
             inputs = self._inputs(stage)
-            found[f"{stage.name}: factorise"] = inputs**3 / 3 / self.rates.factor
+            in_products = inputs**3 / 3 / self.rates.products
+            seconds = in_products + inputs**2 / self.rates.factored
+            found[f"{stage.name}: factorise"] = seconds
             for linear in stage.linears:
                 name = f"{stage.name}: solve {role(linear)}"
                 found[name] = self._solving(stage, linear)

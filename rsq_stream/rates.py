@@ -37,8 +37,8 @@ class Rates:
 
     products: float
     """Flops of matrix products."""
-    factor: float
-    """Flops of a factorisation, n^3 / 3 each."""
+    factored: float
+    """Entries of H factored, products not counted."""
     weights: float
     """Weights solved, products not counted."""
     scores: float
@@ -77,7 +77,7 @@ def measure_rates(
     written, read = _disk(folder)
     return Rates(
         products=products,
-        factor=size**3 / 3 / factor_s,
+        factored=size**2 / max(factor_s - size**3 / 3 / products, 0.05 * factor_s),
         weights=solved,
         scores=scores,
         sums=sums,

@@ -21,8 +21,13 @@ from tests.toy import execution_for, open_toy, options_for, plan_toy
 NEVER = {field.name: math.inf for field in dataclasses.fields(Rates)}
 """Rates of a machine that takes no time for anything."""
 SETTINGS: dict[str, Any] = {
-    "method": "rsq", "samples": 4, "sequence_length": 64, "group_size": 64,
-    "propagate": 0.5, "sweeps": 2, "refit": True,
+    "method": "rsq",
+    "samples": 4,
+    "sequence_length": 64,
+    "group_size": 64,
+    "propagate": 0.5,
+    "sweeps": 2,
+    "refit": True,
 }
 
 
@@ -36,11 +41,12 @@ def predicted(tmp_path: Path, rates: dict[str, float]) -> Prediction:
 
 
 def test_factorisation_by_hand(tmp_path: Path) -> None:
-    found = predicted(tmp_path, NEVER | {"factor": 1e6}).stages
+    rates = NEVER | {"products": 1e9, "factored": 1e6}
+    found = predicted(tmp_path, rates).stages
     config = json.loads((MODEL / "config.json").read_text())
     blocks, mlp = config["num_hidden_layers"], config["intermediate_size"]
-    assert found["mlp out: factorise"] == pytest.approx(blocks * mlp**3 / 3 / 1e6)
-    assert found["mlp out: solve down"] == 0
+    wanted = blocks * (mlp**3 / 3 / 1e9 + mlp**2 / 1e6)
+    assert found["mlp out: factorise"] == pytest.approx(wanted)
 
 
 def test_solving_by_hand(tmp_path: Path) -> None:
