@@ -10,6 +10,7 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.schemes import GRID_NAMES
 
 from .bits import as_choice, explained, with_bits
+from .forecast import forecast, forecast_rows, resident_bytes
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
@@ -53,12 +54,16 @@ def show(made: Prepared, *, as_json: bool) -> None:
     if as_json:
         say_json(as_object(made))
     else:
-        say(facts(rows(made) | serving_rows(serving_of(made))))
+        found = rows(made) | forecast_rows(forecast(made))
+        say(facts(found | serving_rows(serving_of(made))))
 
 
 def as_object(made: Prepared) -> dict[str, Any]:
-    """Give both halves of the plan as JSON takes them."""
+    """Give both halves of the plan as JSON takes them, and what is expected of it."""
+    expected = forecast(made)
+    seconds = None if expected is None else expected.seconds
     return {
+        "predicted_seconds": seconds,
         "plan": dataclasses.asdict(made.plan),
         "execution": dataclasses.asdict(made.execution),
         "plan_sha256": made.plan.sha256,
@@ -107,7 +112,7 @@ def rows(made: Prepared) -> dict[str, str]:
         "device": f"{options.device}, {options.workers} threads,"
         f" {execution.in_flight} units in flight",
         **_gpu_memory(made),
-        "host memory": size(execution.working_bytes + _resident_bytes(made)),
+        "host memory": size(execution.working_bytes + resident_bytes(made)),
         "tightest stage": execution.tightest.name,
         "scratch on disk": size(execution.scratch_bytes),
         "written in all": size(execution.written_bytes),
@@ -203,14 +208,6 @@ def warn_about_disk(made: Prepared) -> None:
     missing = shortage(made.execution, made.options)
     if missing:
         remark("warning", missing)
-
-
-def _resident_bytes(made: Prepared) -> int:
-    execution, units = made.execution, made.plan.units
-    if not execution.slots or not units:
-        return 0
-    # Rounded up: the last unit may be smaller than the others.
-    return execution.slots * execution.slot_bytes * execution.resident_units // units
 
 
 def _free_bytes(path: Path) -> int:

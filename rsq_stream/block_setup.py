@@ -38,6 +38,7 @@ from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
 from rsq_stream.token_importance import TokenImportance, make_importance
+from rsq_stream.trial import try_largest
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,15 @@ def set_up(
     work_dir: Path,
     windows: Windows,
 ) -> BlockSetup:
-    """Make what all blocks share: RoPE tables, activation slots, the importance."""
+    """Make what all blocks share: RoPE tables, activation slots, the importance.
+
+    Raises
+    ------
+    BudgetError
+        The largest linear is tried first, and memory ran out.
+    """
+    if execution.tries_largest:
+        try_largest(architecture, plan, device, passes)
     importance = make_importance(plan, windows)
     family = architecture.family
     config = layer_config(family, checkpoint.config)

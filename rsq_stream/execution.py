@@ -42,6 +42,10 @@ class ExecutionPlan:
     """Bits of the whole output per weight of the model."""
     fallbacks: tuple[str, ...]
     """Linears whose inputs the group size does not divide."""
+    tries_largest: bool
+    """The largest linear is solved once with random data, before the first block."""
+    used_bytes: int
+    """Host memory that this process had taken when it planned."""
     streams_weights: bool
     """A block's linears lie in host memory, and the GPU fetches them for each use."""
     device_bytes: int

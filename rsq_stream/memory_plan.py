@@ -36,10 +36,10 @@ TILE_COPIES = 6
 what refit and correction put beside them."""
 STATISTICS_ROWS = 2048
 """Rows of a 16-bit weight in fp32 at a time (``stage_statistics.py``)."""
-DECODED_BYTES = 3 * FP32 << 24
-"""What is decoded at a time."""
-WIDE_CODES_BYTES = 20 << 22
-"""What is packed at a time, 64 bits a code."""
+DECODED_WIDTH = 5 * FP32
+"""Bytes of a code while it is decoded or packed."""
+DECODED_BYTES = DECODED_WIDTH << 24
+"""As much at a time (``block_solver.py``; packing takes fewer)."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class MemoryPlan:
         # the weights that they stand for, by part and whole.
         solving = concurrent * FP32 * tile * inputs + 3 * whole
         decoding = (1 + 2 * self._compute_size) * whole
-        decoding += max(DECODED_BYTES, WIDE_CODES_BYTES)
+        decoding += min(DECODED_WIDTH * whole, DECODED_BYTES)
         device = self._weights(solved, used=False) + self._statistics(stage)
         device += max(solving, decoding)
         target = FP32 * whole if plan.act_order else 0

@@ -30,6 +30,7 @@ from rsq_stream.output_folder import bits_per_weight, plan_layouts
 from rsq_stream.slots import slot_shape
 from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.trial import worth_trying
 
 _JOURNAL_BYTES = 256 << 10
 """An SQLite file with its rollback journal, before it grows with the model."""
@@ -131,6 +132,9 @@ def plan_execution(
             for name in LINEARS
             if architecture.linear_shape(name)[1] % plan.group_size
         ),
+        tries_largest=(options.on_gpu or options.ram_bytes is not None)
+        and worth_trying(architecture, plan),
+        used_bytes=room.used_bytes,
         streams_weights=memory.streams_weights,
         device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
         stages=stages,
