@@ -24,7 +24,9 @@ from rsq_stream.model.architecture import (
     read_architecture,
 )
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
+from rsq_stream.schemes import HEAD_LINEAR
 from rsq_stream.slots import slot_shape
+from rsq_stream.source import chunk_rows
 from rsq_stream.storage.activations import SlotShape
 from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.shards import Checkpoint
@@ -34,6 +36,8 @@ _JOURNAL_BYTES = 256 << 10
 _OVERHEAD_BYTES = 208 << 20
 """Libraries loaded after planning, threads, and what the allocator keeps between
 passes: 90 MiB seen with one stream, 180 MiB with two."""
+_ROTATED, _ROUNDED = 7, 18
+"""Chunks of the head in fp32 that turning and rounding it takes; 6.5 and 17 seen."""
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_ENDING = "rotary_emb.inv_freq"
 """Buffers that old checkpoints carry and every loader recomputes."""
@@ -148,7 +152,7 @@ def _small_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
 def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     """Host bytes of one block in fp32, twice (rotation and solve), and a Hessian.
 
-    The embedding and head, read whole before the first block, set a floor.
+    A chunk of the embedding and head, before the first block, sets a floor.
     """
     block = 4 * sum(prod(shape) for shape in architecture.block_shapes().values())
     inputs = max(architecture.linear_shape(name)[1] for name in LINEARS)
@@ -158,8 +162,15 @@ def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     if plan.streams > 1:
         width = architecture.width
         hessian += 4 * width * max(inputs, width)  # the drift of down, or of q, k, v
-    outer = 2 * 4 * architecture.vocabulary * architecture.width
-    return max(2 * block + hessian, outer)
+    return max(2 * block + hessian, _outer_bytes(architecture, plan))
+
+
+def _outer_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
+    """Host bytes of a chunk of the embedding or head on its way to the output."""
+    width = architecture.width
+    rows = min(architecture.vocabulary, chunk_rows(width))
+    kept = plan.scheme(HEAD_LINEAR, width) is None
+    return 4 * rows * width * (_ROTATED if kept else _ROUNDED)
 
 
 def _unit_working_bytes(

@@ -28,7 +28,7 @@ from rsq_stream.packed_format import output_is_tied
 from rsq_stream.storage.journal import SourceRecord
 from rsq_stream.storage.shards import Checkpoint
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 """A chunk of the embedding or head takes at most about this much in fp32."""
 _CHUNK_ROWS = 8192
 """The rows of a chunk, where a row is not long."""
