@@ -20,7 +20,7 @@ from rsq_stream.storage.files import SIDE_FILES, Stamp
 from rsq_stream.storage.journal import Journal, SourceRecord
 from rsq_stream.storage.shards import Checkpoint
 
-_READ_BYTES = 1 << 24
+_READ_BYTES = 1 << 22
 
 
 class SourceIdentity:

@@ -21,14 +21,17 @@ from rsq_stream.model.architecture import (
     Stage,
     role,
 )
+from rsq_stream.row_chunks import chunk_rows
+from rsq_stream.schemes import HEAD_LINEAR
 
 FP32 = 4
 QUERIES = 128
 """Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 PART_BYTES = FP32 << 26
 """What a GPU rotates at a time (``model/rotate.py``)."""
-OUTPUT_ROWS = 8192
-"""Rows of embedding or head that are rotated at a time."""
+CHUNK_COPIES, ROUNDED_CHUNK_COPIES = 7, 18
+"""Chunks in fp32 that rotating rows of the head takes, and rounding them; 6.5 and 17
+seen."""
 ROTATION_COPIES = 4
 """A rotation's argument, that with its signs, its result, and one in between."""
 TILE_COPIES = 6
@@ -77,11 +80,12 @@ class MemoryPlan:
         return StageMemory(name, 0, device + host)
 
     def _outside(self) -> StageMemory:
-        """Count embedding or head: read, rotated, rows in fp32 on their way."""
-        rows, width = self.architecture.outer_shapes()[EMBEDDING]
-        whole = 2 * self.source_type.itemsize * rows * width
-        part = ROTATION_COPIES * FP32 * min(rows, OUTPUT_ROWS) * width
-        return self._made("embedding and head", 0, whole + part)
+        """Count a chunk of embedding or head on its way to the output."""
+        vocabulary, width = self.architecture.outer_shapes()[EMBEDDING]
+        kept = self.plan.scheme(HEAD_LINEAR, width) is None
+        copies = CHUNK_COPIES if kept else ROUNDED_CHUNK_COPIES
+        chunk = FP32 * min(vocabulary, chunk_rows(width)) * width
+        return self._made("embedding and head", 0, copies * chunk)
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""

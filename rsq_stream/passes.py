@@ -5,7 +5,7 @@ are taken in the units' order: so neither budget nor workers change a bit.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -86,6 +86,12 @@ class Passes:
             give_back_device_memory()
             text = f"{where}: memory ran out; {self.in_flight} units in flight from now"
             self.listener(Notice(text=text))
+
+    def checked(self, items: Iterable[Result]) -> Iterator[Result]:
+        """Give items one by one; stops between two if somebody asked for it."""
+        for item in items:
+            self.check()
+            yield item
 
     def check(self) -> None:
         """Stop here if somebody asked for it."""

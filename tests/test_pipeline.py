@@ -89,7 +89,7 @@ def test_the_budget_decides_what_stays_in_memory_and_no_byte(
     resident: int,
 ) -> None:
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr("rsq_stream.planner.psutil.Process", lambda: process)
+    monkeypatch.setattr("rsq_stream.memory_fit.psutil.Process", lambda: process)
     plan, _ = plan_toy(toy, **ROUNDED)
     free = execution_for(toy, plan, options_for(tmp_path / "out"))
     assert free.resident_units == 3

@@ -23,7 +23,7 @@ from rsq_stream.storage.atomic import PartialFile
 from rsq_stream.storage.checksum import Checksum
 from rsq_stream.storage.shards import TYPE_NAMES
 
-_READ_BYTES = 1 << 24
+_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
