@@ -18,7 +18,13 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import ExecutionPlan
 from rsq_stream.grids import make_grid
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
-from rsq_stream.model.architecture import LINEARS, Architecture, Family, block_prefix
+from rsq_stream.model.architecture import (
+    EMBEDDING,
+    LINEARS,
+    Architecture,
+    Family,
+    block_prefix,
+)
 from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.model.online import OnlineRotations, planned_rotations
 from rsq_stream.output_folder import OutputFolder
@@ -66,9 +72,17 @@ class BlockSetup:
             self.work_dir,
         )
 
-    def embed(self, windows: Windows, embedding_VD: Tensor) -> None:
-        """Write the first block's input, durably: the same for all streams."""
-        embed(self.slots.inputs_of(0), windows, embedding_VD, self.passes.check)
+    def embed(self, windows: Windows) -> None:
+        """Write the first block's input, durably, from the output's embedding.
+
+        Raises
+        ------
+        DamagedError
+            The embedding is not what was written.
+        """
+        self.output.require_tensor(EMBEDDING)
+        rows = partial(self.output.read_rows, EMBEDDING)
+        embed(self.slots.inputs_of(0), windows, rows, self.passes.check)
 
     def _placed(
         self, tensors: dict[str, Tensor]

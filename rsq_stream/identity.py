@@ -9,7 +9,7 @@ anew.
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -118,8 +118,16 @@ class SourceIdentity:
         CheckpointError
             An earlier part of the run read other bytes.
         """
-        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        sha256 = hashlib.sha256(raw).hexdigest()
+        for _ in self.checked(name, [tensor]):
+            pass
+
+    def checked(self, name: str, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Hash a tensor that comes in parts, as they pass; ``check`` at its end."""
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+            yield part
+        sha256 = digest.hexdigest()
         with self._lock:
             before = self._tensors.setdefault(name, sha256)
             if before == sha256:

@@ -188,8 +188,10 @@ class _Run:
         self._identity.start()
         self._journal.put({"blocks": str(blocks)})
         if last is None:
-            slots = self._slots.inputs_of(0)
-            embed(slots, self._windows, self._source.embedding(), self._passes.check)
+            for _ in self._source.embedding():  # all of it is sound, and hashed
+                self._passes.check()
+            slots, rows = self._slots.inputs_of(0), self._source.embedding_rows
+            embed(slots, self._windows, rows, self._passes.check)
             self._commit(-1, 0.0, {})
         else:
             for slot in self._slots.inputs_of(first):

@@ -1,10 +1,13 @@
 """What lies outside the blocks, as the output stores it: embedding, norm, head.
 
-They are read from the source whenever they are asked for: none is kept in memory.
+They are read from the source whenever they are asked for, and come in chunks of rows:
+none is kept in memory, and of a large vocabulary none is ever whole there.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.solver import round_to_nearest
@@ -16,6 +19,10 @@ from rsq_stream.packed_format import encode_linear
 from rsq_stream.schemes import HEAD_LINEAR
 from rsq_stream.source import Source
 
+Chunk = dict[str, Tensor]
+"""The next rows of one or more tensors of the output, by name."""
+_SHAPE = f"{HEAD_LINEAR}.weight_shape"
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -25,35 +32,44 @@ class Outer:
     plan: QuantizationPlan
     pool: Pool
 
-    def embedding(self) -> dict[str, Tensor]:
+    def embedding(self) -> Iterator[Chunk]:
         """Give the embedding."""
-        return {EMBEDDING: self.source.embedding()}
+        for weight_RD in self.source.embedding():
+            yield {EMBEDDING: weight_RD}
 
-    def norm(self) -> dict[str, Tensor]:
+    def norm(self) -> Iterator[Chunk]:
         """Give the gain of the norm before the head."""
-        return {FINAL_NORM: self.source.final_norm()}
+        yield {FINAL_NORM: self.source.final_norm()}
 
-    def head(self) -> dict[str, Tensor]:
+    def head(self) -> Iterator[Chunk]:
         """Give the head, rounded to codes where the plan says so; none if tied."""
         if self.source.head_is_tied:
-            return {}
-        weight_VD = self.source.head()
-        scheme = self.plan.scheme(HEAD_LINEAR, weight_VD.shape[1])
-        if scheme is None:
-            return {HEAD: weight_VD}
-        solution = round_to_nearest(
-            weight_VD.float(),
-            make_grid(self.plan, scheme.bits, weight_VD.dtype),
-            scheme.group_size,
-            self.plan.tile_rows,
-            self.pool,
-        )
-        return encode_linear(HEAD_LINEAR, solution, scheme, weight_VD.dtype)
+            return
+        shape = self.source.head_shape
+        scheme = self.plan.scheme(HEAD_LINEAR, shape[1])
+        for weight_RD in self.source.head():
+            if scheme is None:
+                yield {HEAD: weight_RD}
+                continue
+            solution = round_to_nearest(
+                weight_RD.float(),
+                make_grid(self.plan, scheme.bits, weight_RD.dtype),
+                scheme.group_size,
+                self.plan.tile_rows,
+                self.pool,
+            )
+            codes = encode_linear(HEAD_LINEAR, solution, scheme, weight_RD.dtype)
+            del codes[_SHAPE]  # that of the chunk
+            yield codes
+        if scheme is not None:
+            yield {_SHAPE: torch.tensor(shape)}
 
-    def tensor(self, name: str) -> Tensor | None:
+    def tensor(self, name: str) -> Iterator[Chunk] | None:
         """Give one of them by its name in the output; None for any other."""
-        for stored in (self.embedding, self.norm, self.head):
-            found = stored().get(name)
-            if found is not None:
-                return found
+        if name == EMBEDDING:
+            return self.embedding()
+        if name == FINAL_NORM:
+            return self.norm()
+        if name.startswith(f"{HEAD_LINEAR}."):
+            return ({name: chunk[name]} for chunk in self.head() if name in chunk)
         return None

@@ -8,7 +8,7 @@ complete.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -108,9 +108,27 @@ class OutputFolder:
         for name, tensor in tensors.items():
             self._writer.write(name, tensor)
 
+    def write_chunks(self, chunks: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write tensors that come some rows at a time, each from its first row on."""
+        self._writer.write_chunks(chunks)
+
     def read(self, name: str) -> Tensor:
         """Read back a tensor of a shard that is not whole yet."""
         return self._writer.read(name)
+
+    def read_rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Read some rows of a tensor that was written, as they are on disk."""
+        return self._writer.read_rows(name, index_N)
+
+    def require_tensor(self, name: str) -> None:
+        """Check a tensor before anything builds on single rows of it.
+
+        Raises
+        ------
+        DamagedError
+            What is on disk is not what was written.
+        """
+        self._writer.require_tensor(name)
 
     def checksum(self, name: str) -> int | None:
         """Give the checksum of a tensor that was written."""

@@ -5,7 +5,7 @@ write -> journal -> next block.
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,7 @@ from rsq_stream.events import (
 )
 from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.identity import SourceIdentity
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    read_architecture,
-)
+from rsq_stream.model.architecture import read_architecture
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.outer import Outer
 from rsq_stream.output_folder import OutputFolder
@@ -224,15 +221,19 @@ class _Run:
 
     def _write_outer(self) -> None:
         """Write embedding, final norm and head; embed the calibration windows."""
-        self._output.write(self._outer.head())
-        self._output.write(self._outer.norm())
-        embedding = self._outer.embedding()
-        self._output.write(embedding)
+        for part in (self._outer.head, self._outer.norm, self._outer.embedding):
+            self._output.write_chunks(self._checked(part()))
         if self._windows is not None and self._setup:
             kept = {"windows": self._windows.window_BT.to(torch.int32)}
             atomic.write_file(self._work_dir / "windows.safetensors", save(kept))
-            self._setup.embed(self._windows, embedding[EMBEDDING])
+            self._setup.embed(self._windows)
         self._commit(-1, 0.0, [])
+
+    def _checked(self, chunks: Iterable[Result]) -> Iterator[Result]:
+        """Stop between two chunks if somebody asked for it."""
+        for chunk in chunks:
+            self._passes.check()
+            yield chunk
 
     def block(self) -> None:
         """Do the next block: read, rotate, solve, pack, write, journal."""

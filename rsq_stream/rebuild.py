@@ -18,7 +18,7 @@ codes of finished blocks              the source for ``rtn``, else nothing: refu
 What comes out is compared with the checksums of what was lost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -118,7 +118,7 @@ class Rebuilder:
         if block == 0:
             if windows is None:
                 raise damage
-            setup.embed(windows, self._source.embedding())
+            setup.embed(windows)
         else:
             solver, _ = self._open(setup, block - 1, len(STAGES))
             solver.streams[stream].replay_h(setup.passes, block - 1)
@@ -141,10 +141,10 @@ class Rebuilder:
     def _tensor(self, block: int, damage: DamagedError) -> str:
         """Write a tensor of the output again, or have its stage solved again."""
         name, wanted = damage.part, self._journal.tensors().get(damage.part)
-        stored = self._from_source(name)
+        chunks = self._from_source(name)
         owner = block_of(name)
-        if stored is not None:
-            self._output.write({name: stored})
+        if chunks is not None:
+            self._output.write_chunks(chunks)
         elif self._setup is None and owner is not None:
             self._round_again(owner)
         elif self._setup is not None and owner == block:
@@ -156,12 +156,13 @@ class Rebuilder:
             raise damage
         return "the source"
 
-    def _from_source(self, name: str) -> Tensor | None:
-        """Give a tensor that is stored as the source has it; None for codes."""
+    def _from_source(self, name: str) -> Iterable[Mapping[str, Tensor]] | None:
+        """Give a tensor that the source alone makes, in chunks; None for codes."""
         owner = block_of(name)
         if owner is None:
             return self._outer.tensor(name)
-        return self._source.unquantized(owner, self._source.block(owner)).get(name)
+        kept = self._source.unquantized(owner, self._source.block(owner))
+        return [{name: kept[name]}] if name in kept else None
 
     def _solve_again(self, block: int, name: str) -> str:
         """Take back the stage that a tensor belongs to, and those after it."""

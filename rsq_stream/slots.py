@@ -95,18 +95,24 @@ class RunSlots:
 def embed(
     slots: Sequence[Slot],
     windows: Windows,
-    embedding_VD: Tensor,
+    rows: Callable[[Tensor], Tensor],
     check: Callable[[], None],
 ) -> None:
-    """Write the first block's input, durably: the same for all streams."""
+    """Write the first block's input, durably: the same for all streams.
+
+    ``rows`` gives rows of the embedding by their numbers, which ascend.
+    """
     for slot in slots:
         slot.renew()
-        for unit in range(slot.shape.units):
-            check()
-            count = slot.shape.unit_sequences
-            token_BT = windows.tokens(unit * count, count)
-            x_BTD = embedding_VD[token_BT].to(slot.shape.dtype)
+    shape = slots[0].shape
+    for unit in range(shape.units):
+        check()
+        token_BT = windows.tokens(unit * shape.unit_sequences, shape.unit_sequences)
+        token_N, place_BT = token_BT.unique(return_inverse=True)
+        x_BTD = rows(token_N)[place_BT].to(shape.dtype)
+        for slot in slots:
             slot.write(unit, x_BTD, durable=True)
+    for slot in slots:
         slot.flush(durable=True)
 
 

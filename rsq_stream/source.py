@@ -1,10 +1,11 @@
 """The source model part by part: read from its shards and rotated.
 
 Everything comes as it goes into the solver or the output: blocks in fp32, what
-lies outside of them rounded once to the source's type.
+lies outside of them rounded once to the source's type. Embedding and head come in
+chunks of rows: of a large vocabulary neither is ever whole in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +28,19 @@ from rsq_stream.packed_format import output_is_tied
 from rsq_stream.storage.journal import SourceRecord
 from rsq_stream.storage.shards import Checkpoint
 
+CHUNK_BYTES = 32 << 20
+"""A chunk of the embedding or head takes at most about this much in fp32."""
+_CHUNK_ROWS = 8192
+"""The rows of a chunk, where a row is not long."""
+_WHOLE_ROWS = 32
+"""Rows come by so many: packed along the rows, codes then fill whole words."""
+
+
+def chunk_rows(width: int) -> int:
+    """Give the rows of a chunk of the embedding or head; decides no byte."""
+    fitting = min(_CHUNK_ROWS, CHUNK_BYTES // (4 * width))
+    return max(_WHOLE_ROWS, fitting // _WHOLE_ROWS * _WHOLE_ROWS)
+
 
 class Source:
     """A full-precision checkpoint as one plan sees it."""
@@ -47,18 +61,41 @@ class Source:
         self._device = device
         self._rotation = _rotation(plan, architecture)
 
-    def embedding(self) -> Tensor:
-        """Give the embedding as the output stores it."""
-        weight_VD = self._read(EMBEDDING)
-        return self._rotation.embedding(weight_VD) if self._rotation else weight_VD
+    def embedding(self) -> Iterator[Tensor]:
+        """Give the embedding as the output stores it, some rows after the other."""
+        for weight_RD in self._chunks(EMBEDDING):
+            yield self._embedded(weight_RD)
 
-    def head(self) -> Tensor:
+    def embedding_rows(self, index_N: Tensor) -> Tensor:
+        """Give some rows of the embedding, as the output stores them.
+
+        A few rows have no sha256: for that, let ``embedding`` go by before.
+        """
+        parts = [self._checkpoint.read_rows(EMBEDDING, index_N)]
+        (weight_ND,) = self._finite(EMBEDDING, parts)
+        return self._embedded(weight_ND)
+
+    def _embedded(self, weight_RD: Tensor) -> Tensor:
+        return self._rotation.embedding(weight_RD) if self._rotation else weight_RD
+
+    def head(self) -> Iterator[Tensor]:
         """Give the head as the output stores it: untied, where it was tied."""
-        tied = self._architecture.tied
-        weight_VD = self._read(EMBEDDING if tied else HEAD)
+        chunks = self._chunks(EMBEDDING if self._architecture.tied else HEAD)
         if self._rotation is None:
-            return weight_VD
-        return self._rotation.head(weight_VD, self._read(FINAL_NORM))
+            yield from chunks
+            return
+        gain_D = self._read(FINAL_NORM)
+        for weight_RD in chunks:
+            yield self._rotation.head(weight_RD, gain_D)
+
+    def _chunks(self, name: str) -> Iterator[Tensor]:
+        rows = chunk_rows(self._architecture.width)
+        return self._sound(name, self._checkpoint.read_chunks(name, rows))
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Vocabulary and width."""
+        return self._architecture.outer_shapes()[EMBEDDING]
 
     @property
     def head_is_tied(self) -> bool:
@@ -75,10 +112,9 @@ class Source:
         names = list(self._architecture.block_shapes())
         read = self._checkpoint.read_many(block_prefix(index), names)
         tensors = {
-            name: self._sound(block_prefix(index) + name, read[name])
-            .to(self._device)
-            .float()
+            name: tensor.to(self._device).float()
             for name in names
+            for tensor in self._sound(block_prefix(index) + name, [read[name]])
         }
         return self._rotation.block(tensors) if self._rotation else tensors
 
@@ -87,10 +123,11 @@ class Source:
         return self._identity.news() if self._identity else None
 
     def _read(self, name: str) -> Tensor:
-        return self._sound(name, self._checkpoint.read(name))
+        (tensor,) = self._sound(name, [self._checkpoint.read(name)])
+        return tensor
 
-    def _sound(self, name: str, tensor: Tensor) -> Tensor:
-        """Give a tensor back, or refuse it: no later stage could mend it.
+    def _sound(self, name: str, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Give a tensor back part by part, or refuse it: no later stage could mend it.
 
         Raises
         ------
@@ -98,18 +135,21 @@ class Source:
             It holds NaN or infinity, or is not what it was when it was read before.
         """
         if self._identity is not None:
-            self._identity.check(name, tensor)
-        # A sum is one pass without a mask; only a bad one pays for the search.
-        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(
-            tensor.isfinite().all()
-        ):
-            where = (
-                f"{self._checkpoint.files.where}/{self._checkpoint.entry(name).shard}"
-            )
-            raise CheckpointError(
-                f"{where}: {name} holds NaN or infinity; fetch the checkpoint again"
-            )
-        return tensor
+            parts = self._identity.checked(name, parts)
+        return self._finite(name, parts)
+
+    def _finite(self, name: str, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        for part in parts:
+            # A sum is one pass without a mask; only a bad one pays for the search.
+            if not bool(part.sum(dtype=torch.float32).isfinite()) and not bool(
+                part.isfinite().all()
+            ):
+                shard = self._checkpoint.entry(name).shard
+                raise CheckpointError(
+                    f"{self._checkpoint.files.where}/{shard}: {name} holds NaN or"
+                    " infinity; fetch the checkpoint again"
+                )
+            yield part
 
     def unquantized(
         self, index: int, tensors: Mapping[str, Tensor]

@@ -103,7 +103,8 @@ def test_a_cost_is_what_the_block_loses(toy: Path, costs: Costs) -> None:
     config = layer_config(architecture.family, checkpoint.config)
     rope = Rope(architecture.family, config, 16, torch.float32, torch.device("cpu"))
     tensors = source.block(0)
-    x_BTD = source.embedding()[windows.window_BT].bfloat16().float()
+    embedding_VD = torch.cat(list(source.embedding()))
+    x_BTD = embedding_VD[windows.window_BT].bfloat16().float()
 
     def output(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return Block(architecture.family, config, 0, weights, rope).forward(x_BTD)

@@ -26,8 +26,6 @@ _READS_RESIDUAL = {
     "mlp.up_proj": MLP_NORM,
 }
 _WRITES_RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
-_ROWS = 8192
-"""Rows of the embedding or head rotated at a time."""
 PART_ENTRIES = 1 << 26
 """Entries of a linear that are rotated at a time on a GPU."""
 
@@ -75,22 +73,14 @@ class ModelRotation:
         """Compute W diag(g) Q."""
         return self.residual.apply(weight_RI * gain_I)
 
-    def embedding(self, weight_VD: Tensor) -> Tensor:
-        """Compute E Q and round to E's type, some rows at a time."""
-        rotated = weight_VD.new_empty(weight_VD.shape)
-        for start in range(0, weight_VD.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            rotated[rows] = self.residual.apply(weight_VD[rows].float()).to(rotated)
-        return rotated
+    def embedding(self, weight_RD: Tensor) -> Tensor:
+        """Compute E Q of some rows of the embedding, rounded to E's type."""
+        return self.residual.apply(weight_RD.float()).to(weight_RD.dtype)
 
-    def head(self, weight_VD: Tensor, gain_D: Tensor) -> Tensor:
-        """Compute W diag(g) Q with the final norm's gain, rounded to W's type."""
-        rotated = weight_VD.new_empty(weight_VD.shape)
-        for start in range(0, weight_VD.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            scaled = weight_VD[rows].float() * gain_D.float()
-            rotated[rows] = self.residual.apply(scaled).to(rotated)
-        return rotated
+    def head(self, weight_RD: Tensor, gain_D: Tensor) -> Tensor:
+        """Compute W diag(g) Q of some rows, with the final norm's gain; W's type."""
+        scaled_RD = weight_RD.float() * gain_D.float()
+        return self.residual.apply(scaled_RD).to(weight_RD.dtype)
 
 
 def _in_parts(

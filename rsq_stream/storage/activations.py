@@ -171,7 +171,8 @@ class Slot:
 
     def renew(self) -> None:
         """Make ready for other contents; what a dead process left here is removed."""
-        wait(self._writes)  # whatever became of them
+        # Whatever became of writes, and of reads ahead that nobody took.
+        wait([*self._writes, self._reader.submit(lambda: None)])
         self._writes.clear()
         self._buffers.clear()
         self.clear()

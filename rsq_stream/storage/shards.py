@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,21 +144,50 @@ class Checkpoint:
         """Read one tensor from its shard."""
         entry = self.entry(name)
         raw = torch.empty(entry.size_bytes, dtype=torch.uint8)
-        view = raw.numpy().data
+        with self._opened(entry) as (file, start):
+            self._fill(raw, file, start, entry)
+        return raw.view(entry.dtype).view(entry.shape)
+
+    def read_chunks(self, name: str, rows: int) -> Iterator[Tensor]:
+        """Read a tensor so many rows at a time; the last chunk may have fewer."""
+        entry = self.entry(name)
+        row_bytes = entry.size_bytes // max(1, entry.shape[0])
+        for first in range(0, entry.shape[0], rows):
+            count = min(rows, entry.shape[0] - first)
+            raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+            with self._opened(entry) as (file, start):
+                self._fill(raw, file, start + first * row_bytes, entry)
+            yield raw.view(entry.dtype).view(count, *entry.shape[1:])
+
+    def read_rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Read some rows of a tensor, by their numbers."""
+        entry = self.entry(name)
+        row_bytes = entry.size_bytes // max(1, entry.shape[0])
+        raw_NR = torch.empty(len(index_N), row_bytes, dtype=torch.uint8)
+        with self._opened(entry) as (file, start):
+            for raw_R, row in zip(raw_NR, index_N.tolist(), strict=True):
+                self._fill(raw_R, file, start + row * row_bytes, entry)
+        return raw_NR.view(-1).view(entry.dtype).view(-1, *entry.shape[1:])
+
+    @contextmanager
+    def _opened(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
+        """Open a tensor's shard; gives the file, and where in it the tensor begins."""
         path = self.files.path(entry.shard)
         start = self._start_of_data(entry.shard, path) + entry.offset
         with path.open("rb", buffering=0) as file:
-            done = 0
-            while done < entry.size_bytes:
-                part = view[done : done + _READ_BYTES]
-                count = os.preadv(file.fileno(), [part], start + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self.files.where}/{entry.shard}: ends inside {name};"
-                        " the file was cut short since the run began"
-                    )
-                done += count
-        return raw.view(entry.dtype).view(entry.shape)
+            yield file.fileno(), start
+
+    def _fill(self, raw: Tensor, file: int, start: int, entry: TensorEntry) -> None:
+        view, done = raw.numpy().data, 0
+        while done < len(view):
+            part = view[done : done + _READ_BYTES]
+            count = os.preadv(file, [part], start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.files.where}/{entry.shard}: ends inside {entry.name};"
+                    " the file was cut short since the run began"
+                )
+            done += count
 
     def _start_of_data(self, shard: str, path: Path) -> int:
         """Check once that a shard still has the header that the plan saw."""

@@ -7,7 +7,9 @@ its name when it is full, read back and checked.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 from rsq_stream.errors import DamagedError, OutputError
 from rsq_stream.storage import atomic
 from rsq_stream.storage.atomic import PartialFile
-from rsq_stream.storage.checksum import Checksum, checksum
+from rsq_stream.storage.checksum import Checksum
 from rsq_stream.storage.shards import TYPE_NAMES
 
 _READ_BYTES = 1 << 24
@@ -108,17 +110,39 @@ class ShardWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor where it belongs; type and shape must be as announced."""
-        layout = self._shard_of[name]
-        offset, announced = layout.places[name]
-        if tensor.dtype != announced.dtype or tuple(tensor.shape) != announced.shape:
-            raise OutputError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)} was to be written where"
-                f" {announced.dtype} {list(announced.shape)} belongs"
-            )
-        dense = tensor.detach().to("cpu").contiguous()
-        raw = dense.view(-1).view(torch.uint8).numpy().data
-        self._open(layout).write(offset, raw)
-        self.checksums[name] = checksum(raw)
+        announced = self._shard_of[name].places[name][1]
+        if tuple(tensor.shape) != announced.shape:
+            raise _misfit(tensor, announced)
+        self.write_chunks([{name: tensor}])
+
+    def write_chunks(self, chunks: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write tensors that come some rows at a time, each from its first row on.
+
+        A tensor counts as written when all its rows are.
+        """
+        sums: dict[str, Checksum] = {}
+        done: dict[str, int] = {}
+        for chunk in chunks:
+            for name, tensor in chunk.items():
+                layout = self._shard_of[name]
+                offset, announced = layout.places[name]
+                written = done.get(name, 0)
+                fits = written + tensor.nbytes <= announced.size_bytes
+                same = tuple(tensor.shape[1:]) == announced.shape[1:]
+                if not fits or not same or tensor.dtype != announced.dtype:
+                    raise _misfit(tensor, announced)
+                dense = tensor.detach().to("cpu").contiguous()
+                raw = dense.view(-1).view(torch.uint8).numpy().data
+                self._open(layout).write(offset + written, raw)
+                sums.setdefault(name, Checksum()).update(raw)
+                done[name] = written + tensor.nbytes
+        for name, written in done.items():
+            announced = self._shard_of[name].places[name][1]
+            if written != announced.size_bytes:
+                raise OutputError(
+                    f"{name}: {written} bytes came, {announced.size_bytes} belong there"
+                )
+            self.checksums[name] = sums[name].value
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that was written, by an earlier process too.
@@ -128,19 +152,64 @@ class ShardWriter:
         DamagedError
             What is on disk is not what was written.
         """
+        announced = self._shard_of[name].places[name][1]
+        raw = bytearray()
+        for piece in self._intact(name):
+            raw += piece
+        tensor = torch.frombuffer(raw, dtype=announced.dtype)
+        return tensor.view(announced.shape)
+
+    def read_rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Read some rows of a tensor that was written, as they are on disk."""
         layout = self._shard_of[name]
         offset, announced = layout.places[name]
-        path = self._folder / layout.name
-        if layout.name not in self._files and path.is_file():
-            with atomic.explained(path), path.open("rb") as named:
-                named.seek(offset)
-                raw = named.read(announced.size_bytes)
-        else:
-            raw = self._open(layout).read(offset, announced.size_bytes)
-        if checksum(raw) != self.checksums.get(name):
+        row_bytes = announced.size_bytes // announced.shape[0]
+        raw = bytearray()
+        with self._reading(layout) as read:
+            for row in index_N.tolist():
+                raw += read(offset + row * row_bytes, row_bytes)
+        if len(raw) != len(index_N) * row_bytes:
             raise self._damaged(layout, name)
-        tensor = torch.frombuffer(bytearray(raw), dtype=announced.dtype)
-        return tensor.view(announced.shape)
+        tensor = torch.frombuffer(raw, dtype=announced.dtype)
+        return tensor.view(-1, *announced.shape[1:])
+
+    def require_tensor(self, name: str) -> None:
+        """Read a tensor back, a piece at a time, before anything builds on it.
+
+        Raises
+        ------
+        DamagedError
+            What is on disk is not what was written.
+        """
+        for _ in self._intact(name):
+            pass
+
+    def _intact(self, name: str) -> Iterator[bytes]:
+        """Give a tensor's bytes in pieces; refuse others than were written."""
+        layout = self._shard_of[name]
+        offset, announced = layout.places[name]
+        found, done = Checksum(), 0
+        with self._reading(layout) as read:
+            while done < announced.size_bytes:
+                want = min(_READ_BYTES, announced.size_bytes - done)
+                piece = read(offset + done, want)
+                if not piece:
+                    break
+                found.update(piece)
+                done += len(piece)
+                yield piece
+        if found.value != self.checksums.get(name):
+            raise self._damaged(layout, name)
+
+    @contextmanager
+    def _reading(self, layout: ShardLayout) -> Iterator[Callable[[int, int], bytes]]:
+        """Give what reads so many bytes at an offset of a shard, named or not."""
+        path = self._folder / layout.name
+        if layout.name in self._files or not path.is_file():
+            yield self._open(layout).read
+            return
+        with atomic.explained(path), path.open("rb") as named:
+            yield lambda offset, size: os.pread(named.fileno(), size, offset)
 
     def sync(self) -> None:
         """Make all tensors written so far durable."""
@@ -178,7 +247,7 @@ class ShardWriter:
         """
         for name, layout in self._shard_of.items():
             if layout.name in self._files and name in self.checksums:
-                self.read(name)
+                self.require_tensor(name)
 
     def finish(self, layout: ShardLayout) -> str:
         """Check a full shard against its checksums, name it; gives its sha256.
@@ -192,18 +261,9 @@ class ShardWriter:
         digest = hashlib.sha256(layout.header)
         if file.read(0, len(layout.header)) != layout.header:
             file.write(0, memoryview(layout.header))
-        for name, (offset, tensor) in layout.places.items():
-            written, done = Checksum(), 0
-            while done < tensor.size_bytes:
-                want = min(_READ_BYTES, tensor.size_bytes - done)
-                part = file.read(offset + done, want)
-                if not part:
-                    break
-                digest.update(part)
-                written.update(part)
-                done += len(part)
-            if written.value != self.checksums[name]:
-                raise self._damaged(layout, name)
+        for name in layout.places:
+            for piece in self._intact(name):
+                digest.update(piece)
         del self._files[layout.name]
         file.commit()
         return digest.hexdigest()
@@ -228,3 +288,10 @@ class ShardWriter:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def _misfit(tensor: Tensor, announced: OutputTensor) -> OutputError:
+    return OutputError(
+        f"{announced.name}: {tensor.dtype} {list(tensor.shape)} was to be written where"
+        f" {announced.dtype} {list(announced.shape)} belongs"
+    )
