@@ -5,7 +5,7 @@ are taken in the units' order: so neither budget nor workers change a bit.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,6 +58,12 @@ class Passes:
             self.listener(
                 UnitsDone(block=block, stage=stage, units=len(run), tokens=tokens)
             )
+
+    def checked(self, items: Iterable[Result]) -> Iterator[Result]:
+        """Give items as they come; stop between two if somebody asked for it."""
+        for item in items:
+            self.check()
+            yield item
 
     def check(self) -> None:
         """Stop here if somebody asked for it."""

@@ -5,7 +5,7 @@ write -> journal -> next block.
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +43,7 @@ from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.supply import OUTSIDE, mover
 
 Result = TypeVar("Result")
 
@@ -148,6 +149,14 @@ class _Run:
             checkpoint, self.architecture, plan, device, self._identity
         )
         self._outer = Outer(self._source, plan, passes.pool)
+        self._move_to = mover(
+            options,
+            checkpoint,
+            self.architecture,
+            self._identity,
+            journal,
+            passes.check,
+        )
         self._setup = None
         if plan.needs_calibration:
             assert windows is not None
@@ -214,23 +223,19 @@ class _Run:
 
     def _write_outer(self) -> None:
         """Write embedding, final norm and head; embed the calibration windows."""
+        self._move_to(OUTSIDE)
         for part in (self._outer.head, self._outer.norm, self._outer.embedding):
-            self._output.write_chunks(self._checked(part()))
+            self._output.write_chunks(self._passes.checked(part()))
         if self._windows is not None and self._setup:
             kept = {"windows": self._windows.window_BT.to(torch.int32)}
             atomic.write_file(self._work_dir / "windows.safetensors", save(kept))
             self._setup.embed(self._windows)
         self._commit(-1, 0.0, [])
 
-    def _checked(self, chunks: Iterable[Result]) -> Iterator[Result]:
-        """Stop between two chunks if somebody asked for it."""
-        for chunk in chunks:
-            self._passes.check()
-            yield chunk
-
     def block(self) -> None:
         """Do the next block: read, rotate, solve, pack, write, journal."""
         index, began = self.finished, time.monotonic()
+        self._move_to(index)
         tensors = self._source.block(index)
         self._output.write(self._source.unquantized(index, tensors))
         if self._setup is None:
@@ -279,6 +284,7 @@ class _Run:
     def finish(self) -> int:
         """Name the last shards and write the small files; gives the bytes in all."""
         self._name_full_shards()
+        self._move_to(self.architecture.blocks)
         self._output.require_whole()
         records = list(self.records.values())
         return self._output.write_small_files(records, self._identity.shards())
