@@ -102,6 +102,15 @@ class Job(Codes, Importance, Activations):
             False,
         ),
     ] = False
+    evict_source: Annotated[
+        bool,
+        flag(
+            PLACE,
+            "--evict-source",
+            "Of a hub id: fetch shards ahead, remove them from the cache after use.",
+            False,
+        ),
+    ] = False
     restart: Annotated[
         bool,
         flag(PLACE, "--restart", "Drop an unfinished run in the work folder.", False),

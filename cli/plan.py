@@ -107,6 +107,7 @@ def rows(made: Prepared) -> dict[str, str]:
     found |= {
         "blocks": str(made.blocks),
         "source": exact_size(execution.source_bytes),
+        **_source_on_disk(made),
         "output shards": exact_size(execution.output_bytes),
         "bits per weight": f"{execution.bits_per_weight:.3f} over the whole model",
         "device": f"{options.device}, {options.workers} threads,"
@@ -142,6 +143,14 @@ def _codes(plan: QuantizationPlan, grid: str, group: str) -> dict[str, str]:
         return {}
     codes = {"codes": f"{plan.bits} bits, {grid}"}
     return codes | _own_schemes(plan) | {"group size": group}
+
+
+def _source_on_disk(made: Prepared) -> dict[str, str]:
+    """Say what of the source is on disk at a time, where it is not all of it."""
+    if not made.options.evict_source:
+        return {}
+    most = size(made.execution.source_disk_bytes)
+    return {"source on disk": f"at most {most} at a time, in the hub's cache"}
 
 
 def _own_schemes(plan: QuantizationPlan) -> dict[str, str]:

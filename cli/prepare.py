@@ -173,6 +173,7 @@ def run_options(model: str, job: Job, device: str) -> RunOptions:
         workers=pick_workers(job.threads, device),
         units_in_flight=job.batch,
         allow_device_change=job.allow_device_change,
+        evict_source=job.evict_source,
         restart=job.restart,
         keep_work=job.keep_work,
     )

@@ -20,7 +20,7 @@ from .stopping import StopRequest
 from .text import duration, exact_size, facts, remark, say, say_aside, say_json
 
 if TYPE_CHECKING:
-    from rsq_stream.pipeline import RunSummary
+    from rsq_stream.run_summary import RunSummary
 
 
 def quantize(

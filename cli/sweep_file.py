@@ -35,6 +35,7 @@ _NOT_HERE = {
     "device": "it is an option of the sweep: --device",
     "restart": "a run is started over by removing its folder",
     "keep-work": "the work folder of a finished run is of no use",
+    "evict-source": "the runs read the same source",
     "allow-device-change": "results of several kinds of device do not compare",
 }
 _FEW = 12

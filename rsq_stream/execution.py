@@ -34,6 +34,9 @@ class ExecutionPlan:
     written_bytes: int
     """Everything written to disk over the run, output included."""
     source_bytes: int
+    source_disk_bytes: int
+    """With ``evict_source``, the most that lies in the hub's cache at a time; else all
+    of the source."""
     output_bytes: int
     """The output's shards, exactly."""
     small_bytes: int
@@ -76,6 +79,8 @@ class RunOptions:
     """Units between two barriers of a pass; 0 lets the planner choose."""
     allow_device_change: bool = False
     """Go on although another kind of device gives other bits; the output says so."""
+    evict_source: bool = False
+    """Remove a hub model's shards from the cache after use, those the run fetched."""
     restart: bool = False
     keep_work: bool = False
 

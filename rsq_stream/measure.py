@@ -43,6 +43,7 @@ from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import MEASURED, RunFolder
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
+from rsq_stream.supply import OUTSIDE, mover
 from rsq_stream.token_importance import make_importance
 
 
@@ -149,6 +150,14 @@ class _Run:
         self._source = Source(
             checkpoint, self._architecture, plan, device, self._identity
         )
+        self._move_to = mover(
+            options,
+            checkpoint,
+            self._architecture,
+            self._identity,
+            journal,
+            passes.check,
+        )
         self._config = layer_config(self._architecture.family, checkpoint.config)
         compute = getattr(torch, plan.compute_type)
         family, length = self._architecture.family, plan.sequence_length
@@ -188,8 +197,9 @@ class _Run:
         self._identity.start()
         self._journal.put({"blocks": str(blocks)})
         if last is None:
-            for _ in self._source.embedding():  # all of it is sound, and hashed
-                self._passes.check()
+            self._move_to(OUTSIDE)
+            for _ in self._passes.checked(self._source.embedding()):
+                pass  # all of it is sound, and hashed
             slots, rows = self._slots.inputs_of(0), self._source.embedding_rows
             embed(slots, self._windows, rows, self._passes.check)
             self._commit(-1, 0.0, {})
@@ -198,6 +208,7 @@ class _Run:
                 slot.checksums = self._journal.chunks(slot.folder.name)
         for index in range(first, blocks):
             self._passes.check()
+            self._move_to(index)
             began = time.monotonic()
             costs = self._block(index)
             seconds = time.monotonic() - began
@@ -205,6 +216,7 @@ class _Run:
             self._passes.listener(
                 BlockFinished(block=index, seconds=seconds, records=())
             )
+        self._move_to(blocks)
         self._identity.complete()
         return {
             name: {int(bits): cost for bits, cost in made.items()}

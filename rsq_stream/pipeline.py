@@ -7,8 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -39,28 +37,16 @@ from rsq_stream.output_folder import OutputFolder
 from rsq_stream.output_place import discard_unfinished, require_apart, require_usable
 from rsq_stream.passes import Passes, stopper
 from rsq_stream.rebuild import Rebuilder
+from rsq_stream.run_summary import RunSummary
 from rsq_stream.source import Source
-from rsq_stream.stage_meter import StageMeter, StageTaken, added_up
+from rsq_stream.stage_meter import StageMeter, added_up
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.supply import OUTSIDE, mover
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a finished run made."""
-
-    output: Path
-    seconds: float
-    resumed_at: int
-    """The first block that this process did; 0 for an uninterrupted run."""
-    records: tuple[LinearRecord, ...]
-    output_bytes: int
-    stages: tuple[StageTaken, ...]
-    """What each stage took: seconds over all blocks, and its highest peaks."""
 
 
 def quantize(
@@ -154,6 +140,14 @@ class _Run:
             checkpoint, self.architecture, plan, device, self._identity
         )
         self._outer = Outer(self._source, plan, passes.pool)
+        self._move_to = mover(
+            options,
+            checkpoint,
+            self.architecture,
+            self._identity,
+            journal,
+            passes.check,
+        )
         self._setup = None
         if plan.needs_calibration:
             assert windows is not None
@@ -221,6 +215,7 @@ class _Run:
 
     def _write_outer(self) -> None:
         """Write embedding, final norm and head; embed the calibration windows."""
+        self._move_to(OUTSIDE)
         for part in (self._outer.head, self._outer.norm, self._outer.embedding):
             self._output.write_chunks(self._passes.checked(part()))
         if self._windows is not None and self._setup:
@@ -233,6 +228,7 @@ class _Run:
         """Do the next block: read, rotate, solve, pack, write, journal."""
         index, began = self.finished, time.monotonic()
         meter = self._passes.meter
+        self._move_to(index)
         with meter.stage("read and rotate"):
             tensors = self._source.block(index)
             self._output.write(self._source.unquantized(index, tensors))
@@ -283,6 +279,7 @@ class _Run:
     def finish(self) -> int:
         """Name the last shards and write the small files; gives the bytes in all."""
         self._name_full_shards()
+        self._move_to(self.architecture.blocks)
         self._output.require_whole()
         records = list(self.records.values())
         return self._output.write_small_files(records, self._identity.shards())

@@ -30,6 +30,7 @@ from rsq_stream.output_folder import bits_per_weight, plan_layouts
 from rsq_stream.slots import slot_shape
 from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.supply import Needs, require_hub
 from rsq_stream.trial import worth_trying
 
 _JOURNAL_BYTES = 256 << 10
@@ -112,6 +113,11 @@ def plan_execution(
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
     layouts = plan_layouts(checkpoint, architecture, plan)
     output_bytes = sum(layout.size_bytes for layout in layouts)
+    source_bytes = sum(entry.size_bytes for entry in checkpoint.tensors.values())
+    source_disk_bytes = source_bytes
+    if options.evict_source:
+        require_hub(checkpoint)
+        source_disk_bytes = Needs(checkpoint, architecture).most_bytes()
     passes = architecture.blocks
     durable = plan.streams * shape.slot_bytes * (2 * passes + 1) if slots else 0
     return ExecutionPlan(
@@ -123,7 +129,8 @@ def plan_execution(
         # Whole chunks: the last unit's is as large as the others.
         scratch_bytes=slots * shape.units * shape.unit_bytes,
         written_bytes=output_bytes + durable,
-        source_bytes=sum(entry.size_bytes for entry in checkpoint.tensors.values()),
+        source_bytes=source_bytes,
+        source_disk_bytes=source_disk_bytes,
         output_bytes=output_bytes,
         small_bytes=_small_bytes(checkpoint, architecture),
         bits_per_weight=bits_per_weight(architecture, layouts),

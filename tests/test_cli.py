@@ -39,7 +39,7 @@ JOB_FLAGS = """
     --importance-transform --importance-quantile --importance-skip --importance-mask
     --importance-truncate --importance-bins --importance-reverse --importance-linears
     --importance-exact
-    --keep-work --method --output --propagate --ram --restart
+    --evict-source --keep-work --method --output --propagate --ram --restart
     --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
     --threads --unsigned-scales --vram --work-dir

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from rsq_stream.errors import CheckpointError
+from rsq_stream.storage import atomic
 
 SIDE_FILES = (
     "generation_config.json",
@@ -158,14 +159,40 @@ class HubFiles:
 
     def stamp(self, name: str) -> Stamp:
         """Give the file's tag on the hub; of large files it is their sha256."""
-        cached = try_to_load_from_cache(self._repo, name, revision=self._revision)
+        cached = self._cached(name)
         # The cache names its blobs by their tag, where it can link to them.
-        tag = Path(cached).resolve().name if isinstance(cached, str) else name
+        tag = cached.resolve().name if cached is not None else name
         if tag == name:
             with _one_line(self.where):
                 url = hf_hub_url(self._repo, name, revision=self._revision)
                 tag = get_hf_file_metadata(url).etag or ""
         return Stamp(tag, tag if _SHA256.fullmatch(tag) else None)
+
+    def cached(self, name: str) -> bool:
+        """Whether the file is in the hub's cache."""
+        return self._cached(name) is not None
+
+    def evict(self, name: str) -> None:
+        """Remove a file from the hub's cache, if it is there.
+
+        Its bytes stay where another revision has them too.
+        """
+        link = self._cached(name)
+        if link is None:
+            return
+        with atomic.explained(link):
+            blob, snapshots = link.resolve(), link.parent.parent
+            others = (path for path in snapshots.glob(f"*/{name}") if path != link)
+            shared = any(path.resolve() == blob for path in others)
+            # Bytes first: a link to nothing is mended by the next download, while
+            # bytes without a link would stay for ever.
+            if not shared and snapshots.parent.resolve() in blob.parents:
+                blob.unlink()
+            link.unlink(missing_ok=True)
+
+    def _cached(self, name: str) -> Path | None:
+        found = try_to_load_from_cache(self._repo, name, revision=self._revision)
+        return Path(found) if isinstance(found, str) else None
 
     def _fetch(self, name: str) -> Path:
         with _one_line(self.where):
