@@ -39,7 +39,7 @@ from rsq_stream.passes import Passes, stopper
 from rsq_stream.rebuild import Rebuilder
 from rsq_stream.run_summary import RunSummary
 from rsq_stream.source import Source
-from rsq_stream.stage_meter import StageMeter, added_up
+from rsq_stream.stage_meter import StageMeter, StageTaken, added_up
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
