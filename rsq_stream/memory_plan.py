@@ -14,21 +14,22 @@ import torch
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import StageMemory
 from rsq_stream.model.architecture import (
-    EMBEDDING,
     LINEARS,
     STAGES,
     Architecture,
     Stage,
     role,
 )
+from rsq_stream.schemes import HEAD_LINEAR
+from rsq_stream.source import chunk_rows
 
 FP32 = 4
 QUERIES = 128
 """Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 PART_BYTES = FP32 << 26
 """What a GPU rotates at a time (``model/rotate.py``)."""
-OUTPUT_ROWS = 8192
-"""Rows of embedding or head that are rotated at a time."""
+CHUNKS_ROTATED, CHUNKS_ROUNDED = 7, 18
+"""Chunks of the head in fp32 that turning and rounding it takes; 6.5 and 17 seen."""
 ROTATION_COPIES = 4
 """A rotation's argument, that with its signs, its result, and one in between."""
 TILE_COPIES = 6
@@ -77,11 +78,12 @@ class MemoryPlan:
         return StageMemory(name, 0, device + host)
 
     def _outside(self) -> StageMemory:
-        """Count embedding or head: read, rotated, rows in fp32 on their way."""
-        rows, width = self.architecture.outer_shapes()[EMBEDDING]
-        whole = 2 * self.source_type.itemsize * rows * width
-        part = ROTATION_COPIES * FP32 * min(rows, OUTPUT_ROWS) * width
-        return self._made("embedding and head", 0, whole + part)
+        """Count a chunk of embedding or head, in fp32, on its way to the output."""
+        width = self.architecture.width
+        rows = min(self.architecture.vocabulary, chunk_rows(width))
+        kept = self.plan.scheme(HEAD_LINEAR, width) is None
+        chunk = FP32 * rows * width * (CHUNKS_ROTATED if kept else CHUNKS_ROUNDED)
+        return self._made("embedding and head", 0, chunk)
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""
