@@ -190,9 +190,8 @@ class _Run:
 
     def begin(self) -> int:
         """Write what lies outside the blocks, embed; gives the first block to do."""
-        facts = {"blocks": str(self.architecture.blocks)}
-        facts["output"] = str(self._output.path.resolve())
-        self._journal.put(facts)
+        where = str(self._output.path.resolve())
+        self._journal.put({"blocks": str(self.architecture.blocks), "output": where})
         last = self._journal.last_block()
         first = 0 if last is None else last + 1
         self.finished = first

@@ -27,7 +27,9 @@ def test_plan_needs_no_calibration_text(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("plan", MODEL, "--output", tmp_path / "out", "--json")
     made = json.loads(out)
     assert code == 0
-    assert set(made) == {"plan", "execution", "plan_sha256"}
+    assert set(made) == {
+        *("plan", "execution", "plan_sha256", "predicted_seconds", "serving")
+    }
     assert made["plan"]["calibration"] == "wikitext2"
     assert made["plan"]["windows_sha256"] == ""
     assert list(tmp_path.iterdir()) == []
