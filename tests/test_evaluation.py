@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rsq_stream import row_chunks
 from rsq_stream.errors import (
     CalibrationError,
     CheckpointError,
@@ -21,7 +22,9 @@ from rsq_stream.errors import (
 )
 from rsq_stream.evaluation import perplexity
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+from rsq_stream.evaluation.reader import ModelReader
 from rsq_stream.evaluation.sample import greedy_sample
+from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import StageStarted
 from tests.toy import (
     Recorder,
@@ -58,9 +61,10 @@ def quantized(toy: Path) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows a unit and seven tokens a tile of logits, so that both split."""
+    """Two windows a unit, seven tokens and 32 words a tile of logits: all split."""
     monkeypatch.setattr(perplexity, "_UNIT_TOKENS", 66)
     monkeypatch.setattr(perplexity, "_LOGIT_TOKENS", 7)
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)  # 32 rows of the head at a time
 
 
 def little_memory(monkeypatch: pytest.MonkeyPatch, available: int = 0) -> None:
@@ -152,6 +156,46 @@ def test_memory_and_workers_change_no_bit(
     made = evaluate(open_toy(quantized), WINDOWS, workers=workers, **models)
     assert (made.loss, made.kl_divergence) == (expected.loss, expected.kl_divergence)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tile", [1, 5, 50])
+def test_losses_and_divergence_are_those_of_the_whole_vocabulary(tile: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_MLV = 9 * torch.randn(2, 20, 50, generator=generator)
+    logits_MLV[:, 3] -= 200  # far below 0, and one far above all others
+    logits_MLV[0, 4, 49] += 300
+    target_L = torch.randint(0, 50, (20,), generator=generator)
+    made = TokenLosses(target_L, 2)
+    for first in range(0, 50, tile):
+        for rows in (slice(0, 7), slice(7, 99)):
+            parts = logits_MLV[:, rows, first : first + tile]
+            made.take_in(rows, first, list(parts))
+    losses, apart = made.sums()
+    log_MLV = logits_MLV.double().log_softmax(-1)
+    index_ML1 = target_L.expand(2, -1)[..., None]
+    assert losses == pytest.approx((-log_MLV.gather(2, index_ML1)).sum((1, 2)).tolist())
+    expected = (log_MLV[1].exp() * (log_MLV[1] - log_MLV[0])).sum()
+    assert apart == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head_bits": 3, "symmetric": False},
+        {"head_bits": 4, "grid": "nf"},
+        {"method": "rotate", "bits": 4},
+    ],
+    ids=["asymmetric", "nf", "kept"],
+)
+def test_rows_of_the_head_are_those_of_the_whole(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = toy_checkpoint(tmp_path / "toy", vocabulary=137)
+    run_toy(folder, tmp_path / "out", **{"method": "rtn", **settings})
+    reader = ModelReader(open_toy(tmp_path / "out"), torch.device("cpu"))
+    rows = [reader.head_rows(first, 64) for first in range(0, 137, 64)]
+    assert [len(part) for part in rows] == [64, 64, 9]
+    assert torch.equal(torch.cat(rows), reader.head())
 
 
 def test_what_it_says_while_it_works(toy: Path) -> None:

@@ -1,8 +1,8 @@
 """Perplexity and KL divergence, streamed block by block.
 
 Only one decoder block is in memory at a time; hidden states of all windows are
-kept in memory up to a budget and on disk beyond it. Loss and divergence are
-computed in fp32, tile by tile of tokens.
+kept in memory up to a budget and on disk beyond it. Loss and divergence are computed
+tile by tile of tokens and of the vocabulary: neither embedding nor head need be whole.
 """
 
 import math
@@ -16,22 +16,25 @@ import psutil
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from rsq_stream.activation_fields import ActivationScheme
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
 from rsq_stream.evaluation.reader import ModelReader
+from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import Listener, ignore
 from rsq_stream.model.block import Block
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.passes import Passes, require_finite
+from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 from rsq_stream.storage.shards import Checkpoint
 
 _UNIT_TOKENS = 2048
 _LOGIT_TOKENS = 256
 """Tokens whose logits are held at a time."""
+Tiles = list[tuple[int, list[Tensor]]]
+"""Where in the vocabulary a tile begins, and those rows of each model's head."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,11 @@ def _final_hidden(
     folder.mkdir()
     direct = has_direct_io(folder)
     slot = Slot(folder / "x", shape, resident, passes.in_flight, direct=direct)
-    embedding_VD = model.embedding()
     for unit in range(shape.units):
         first = unit * shape.unit_sequences
         token_BT = window_BT[first : first + shape.unit_sequences]
-        x_BTD = embedding_VD[token_BT].to(shape.dtype)
+        x_BTD = model.embedded(token_BT).to(shape.dtype)
         slot.write(unit, x_BTD, durable=False)
-    del embedding_VD
     slot.flush(durable=False)
     rope = model.rope(tokens)
     for index in range(model.architecture.blocks):
@@ -188,40 +189,53 @@ def _final_hidden(
 def _compare(
     models: list[ModelReader], slots: list[Slot], window_BT: Tensor, passes: Passes
 ) -> tuple[list[float], float]:
-    """Sum the loss of each model, and the divergence of the second from the first."""
-    device = models[0].device
+    """Sum the loss of each model, and the divergence of the second from the first.
+
+    The heads come in tiles of a fixed number of rows; as many as there is memory for
+    share a pass over the windows. That decides no bit.
+    """
+    device, architecture = models[0].device, models[0].architecture
     gains = [model.final_norm().to(device) for model in models]
-    heads = [model.head().to(device).float() for model in models]
-    losses, divergence = [0.0] * len(models), 0.0
-    count = slots[0].shape.unit_sequences
-
-    def one(unit: int) -> tuple[list[float], float]:
-        token_BT = window_BT[unit * count : (unit + 1) * count].to(device)
-        target_L = token_BT[:, 1:].reshape(-1).long()
-        hidden = [
-            model.normalised(x_BTD.to(device), gain_D)[:, :-1].flatten(0, 1)
-            for model, gain_D, x_BTD in zip(models, gains, units[unit], strict=True)
+    count, units = slots[0].shape.unit_sequences, slots[0].shape.units
+    targets = [
+        window_BT[unit * count : (unit + 1) * count, 1:].reshape(-1).long().to(device)
+        for unit in range(units)
+    ]
+    made = [TokenLosses(target_L, len(models)) for target_L in targets]
+    rows = chunk_rows(max(model.architecture.width for model in models))
+    free = int(psutil.virtual_memory().available * 0.25)
+    tile_bytes = sum(4 * rows * model.architecture.width for model in models)
+    firsts = range(0, architecture.vocabulary, rows)
+    at_once = max(1, free // tile_bytes)
+    for start in range(0, len(firsts), at_once):
+        tiles = [
+            (
+                first,
+                [model.head_rows(first, rows).to(device).float() for model in models],
+            )
+            for first in firsts[start : start + at_once]
         ]
-        sums, apart = [0.0] * len(models), 0.0
-        for start in range(0, len(target_L), _LOGIT_TOKENS):
-            rows = slice(start, start + _LOGIT_TOKENS)
-            logits = [x[rows] @ head.T for x, head in zip(hidden, heads, strict=True)]
-            for number, logit_LV in enumerate(logits):
-                each_L = cross_entropy(logit_LV, target_L[rows], reduction="none")
-                sums[number] += float(each_L.sum(dtype=torch.float64))
-            if len(logits) == 2:
-                q_LV, p_LV = (logit.log_softmax(-1) for logit in logits)
-                apart_L = (p_LV.exp() * (p_LV - q_LV)).sum(-1)
-                apart += float(apart_L.sum(dtype=torch.float64))
-        return sums, apart
 
-    number_of_units = slots[0].shape.units
-    readers = [slot.read(range(number_of_units)) for slot in slots]
-    units: dict[int, list[Tensor]] = {}
-    for first in range(0, number_of_units, passes.in_flight):
-        run = range(first, min(first + passes.in_flight, number_of_units))
-        units = {unit: [next(reader) for reader in readers] for unit in run}
-        for sums, apart in passes.pool.map(one, run):
-            losses = [old + new for old, new in zip(losses, sums, strict=True)]
-            divergence += apart
+        def one(item: tuple[int, list[Tensor]], tiles: Tiles = tiles) -> None:
+            unit, found = item
+            hidden = [
+                model.normalised(x_BTD.to(device), gain_D)[:, :-1].flatten(0, 1)
+                for model, gain_D, x_BTD in zip(models, gains, found, strict=True)
+            ]
+            for first, heads in tiles:
+                for begin in range(0, len(targets[unit]), _LOGIT_TOKENS):
+                    part = slice(begin, begin + _LOGIT_TOKENS)
+                    pairs = zip(hidden, heads, strict=True)
+                    logits = [x_LD[part] @ head_VD.T for x_LD, head_VD in pairs]
+                    made[unit].take_in(part, first, logits)
+
+        readers = [slot.read(range(units)) for slot in slots]
+        for begin in range(0, units, passes.in_flight):
+            run = range(begin, min(begin + passes.in_flight, units))
+            items = [(unit, [next(reader) for reader in readers]) for unit in run]
+            passes.pool.map(one, items)
+    losses, divergence = [0.0] * len(models), 0.0
+    for sums, apart in (unit.sums() for unit in made):
+        losses = [old + new for old, new in zip(losses, sums, strict=True)]
+        divergence += apart
     return losses, divergence

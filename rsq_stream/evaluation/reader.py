@@ -1,9 +1,12 @@
 """One way to read a source or a quantized checkpoint: as full-precision tensors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rsq_stream.activation_fields import ActivationScheme
+from rsq_stream.algorithm.packing import packed_words
 from rsq_stream.errors import CheckpointError
 from rsq_stream.evaluation.served import served_scheme
 from rsq_stream.format_config import schemes_of
@@ -61,6 +64,12 @@ class ModelReader:
         """Give the embedding, in the type it is stored in."""
         return self._outer(EMBEDDING)
 
+    def embedded(self, token_BT: Tensor) -> Tensor:
+        """Give the rows of the embedding that tokens have, in its stored type."""
+        self._checkpoint.entry(EMBEDDING, self.architecture.outer_shapes()[EMBEDDING])
+        token_N, place_BT = token_BT.unique(return_inverse=True)
+        return self._checkpoint.read_rows(EMBEDDING, token_N)[place_BT]
+
     def head(self) -> Tensor:
         """Give the head: the embedding where the two are tied."""
         if self.architecture.tied:
@@ -71,6 +80,28 @@ class ModelReader:
         return self._decoded(
             HEAD_LINEAR, scheme, self.architecture.outer_shapes()[HEAD]
         )
+
+    def head_rows(self, first: int, count: int) -> Tensor:
+        """Give some rows of the head, decoded; ``first`` is a multiple of 32."""
+        tied = self.architecture.tied
+        scheme = None if tied else self._schemes.get(HEAD_LINEAR)
+        stored, shape = self._checkpoint, self.architecture.outer_shapes()[EMBEDDING]
+        rows_N = torch.arange(first, min(first + count, shape[0]))
+        if scheme is None:
+            name = EMBEDDING if tied else HEAD
+            stored.entry(name, shape)
+            return stored.read_rows(name, rows_N)
+
+        def part(name: str) -> Tensor:
+            kind = name.rpartition(".")[2]
+            if kind == "weight_shape":
+                return stored.read(name) - torch.tensor([shape[0] - len(rows_N), 0])
+            if kind != "weight_zero_point":
+                return stored.read_rows(name, rows_N)
+            words = slice(first * scheme.bits // 32, None)
+            return stored.read(name)[words][: packed_words(len(rows_N), scheme.bits)]
+
+        return self._decoded(HEAD_LINEAR, scheme, (len(rows_N), shape[1]), part)
 
     def final_norm(self) -> Tensor:
         """Give the gain of the norm before the head."""
@@ -111,8 +142,14 @@ class ModelReader:
             tensor = self._checkpoint.read(prefix + name)
         return tensor.to(self.device, self.compute_type)
 
-    def _decoded(self, linear: str, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:
-        tensor = decode_linear(self._checkpoint.read, linear, scheme)
+    def _decoded(
+        self,
+        linear: str,
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        read: Callable[[str], Tensor] | None = None,
+    ) -> Tensor:
+        tensor = decode_linear(read or self._checkpoint.read, linear, scheme)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self._checkpoint.files.where}: {linear} decodes to"

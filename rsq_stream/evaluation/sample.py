@@ -47,10 +47,10 @@ def _continued(
     block_bytes = 4 * sum(prod(shape) for shape in architecture.block_shapes().values())
     fits = architecture.blocks * block_bytes < psutil.virtual_memory().available // 4
     kept: dict[int, Block] = {}
-    embedding_VD, gain_D = model.embedding(), model.final_norm().to(place)
+    gain_D = model.final_norm().to(place)
     head_VD = model.head().to(place).float()
     for _ in range(tokens):
-        x_BTD = embedding_VD[torch.tensor([ids])].to(place, model.compute_type)
+        x_BTD = model.embedded(torch.tensor([ids])).to(place, model.compute_type)
         for index in range(architecture.blocks):
             block = kept.get(index) or model.block(index, rope)
             if fits:
