@@ -5,6 +5,7 @@ PYTHON   ?= python3
 VENV_BIN ?= .venv/bin
 PY       ?= $(VENV_BIN)/python
 ARGS     ?=
+WORKERS  ?= 2
 
 # The root holds folders with generic names (cli): keep it off every sys.path.
 export PYTHONSAFEPATH := 1
@@ -24,8 +25,8 @@ help: ## list the recipes
 demo: $(READY) ## quantize the bundled model, show before and after
 	$(VENV_BIN)/rsq-stream demo $(ARGS)
 
-test: $(READY) ## the suite without a GPU, shapes checked (ARGS="-k solver")
-	$(VENV_BIN)/pytest --jaxtyping-packages=rsq_stream,beartype.beartype -m "not gpu" $(ARGS)
+test: $(READY) ## the suite without a GPU, shapes checked (ARGS="-k solver", WORKERS=0)
+	$(VENV_BIN)/pytest -n $(WORKERS) --dist loadfile --jaxtyping-packages=rsq_stream,beartype.beartype -m "not gpu" $(ARGS)
 
 check: $(READY) ## format, lint, types, direction of imports, contents of the wheel
 	$(VENV_BIN)/ruff format --check .
