@@ -53,6 +53,7 @@ bench: $(READY) ## benchmarks on the CPU
 	$(PY) benchmarks/run.py $(ARGS)
 
 bench-gpu: $(READY) ## benchmarks on a CUDA device
+	$(PY) benchmarks/kernels.py --device cuda
 	$(PY) benchmarks/run.py --device cuda $(ARGS)
 
 clean: ## remove builds and caches (not .venv, not the work folder of a run)

@@ -42,6 +42,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "--bpw 8.69": {"bits": None, "bpw": 8.69},
         "4 bits": {"bits": 4},
     },
+    "rotation": {name: {"rotation": name} for name in ("none", "portable", "full")},
     "w4a4kv4": {
         f"{label}{suffix}": {**row, "eval": scheme}
         for suffix, scheme in (("", _W4A4KV4), (", clip 0.9/0.95", _CLIPPED))

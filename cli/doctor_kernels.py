@@ -37,6 +37,7 @@ def compiled(architecture: str) -> str:
         Kernel("column_sums", "column_sums"),
         Kernel("descent", "descent", ("CHUNKS=4",)),
         Kernel("hadamard", "hadamard", ("LOG=7", "DENSE=1", "ROWS=16", "SIGNS=0")),
+        Kernel("lattice", "lattice"),
         Kernel("pack", "pack", ("BITS=3",)),
         Kernel("sweep", "sweep", ("CHUNKS=4",)),
     ]
@@ -49,7 +50,7 @@ def compiled(architecture: str) -> str:
 
 def on_device(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     """Give each kernel's name and its check, which returns its time."""
-    for check in _checks(device):
+    for check in kernel_checks(device):
         yield check.name, lambda check=check: _checked(check, device)  # type: ignore[misc]
 
 
@@ -79,7 +80,8 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return float(begun.elapsed_time(ended)) / _ROUNDS
 
 
-def _checks(device: str) -> list[KernelCheck]:
+def kernel_checks(device: str) -> list[KernelCheck]:
+    """Give a check for each kernel; on the CPU its compiled twin stands in."""
     import torch
 
     torch.manual_seed(0)
@@ -94,6 +96,7 @@ def _checks(device: str) -> list[KernelCheck]:
         _sweep(device, (weight_RC, weight_RC, upper_CC, *rest)),
         _descent(device, (weight_RC, hessian_CC, *rest)),
         _clip_search(device, weight_RC, zero_R),
+        _lattice(device, weight_RC, scale_R),
         _packing(device),
         _hadamard(device),
         _column_sums(device),
@@ -159,6 +162,18 @@ def _clip_search(device: str, target_RC: "Tensor", zero_R: "Tensor") -> KernelCh
 
     moved = (target_RC.numel() + scale_RP.numel()) * 4
     return KernelCheck("kernel clip_search", lambda: best_scale(*there), require, moved)
+
+
+def _lattice(device: str, target_RC: "Tensor", scale_R: "Tensor") -> KernelCheck:
+    from rsq_stream.ops.lattice import round_lattice
+
+    there = (target_RC.to(device), scale_R.to(device))
+
+    def require() -> None:
+        _equal("digits", round_lattice(*there), round_lattice(target_RC, scale_R))
+
+    moved = target_RC.numel() * 5
+    return KernelCheck("kernel lattice", lambda: round_lattice(*there), require, moved)
 
 
 def _packing(device: str) -> KernelCheck:

@@ -80,4 +80,9 @@ def notices_of(plan: QuantizationPlan, records: Sequence[LinearRecord]) -> list[
             " CompressedTensorsConfig(dequantize=True): a bug of compressed-tensors"
             " 0.18 to 0.20"
         )
+    if plan.rounds_activations:
+        lines.append(
+            f"made for rounded activations ({plan.activations_text()}): eval simulates"
+            " them, no loader applies them by itself"
+        )
     return lines

@@ -73,12 +73,13 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
     grid = "symmetric" if plan["symmetric"] else "asymmetric"
     grid = GRID_NAMES.get(plan["grid"], grid)
     group = "one scale a row" if plan["group_size"] == -1 else str(plan["group_size"])
+    online = [plan[name] for name in ("heads_rotation", "mlp_rotation")]
     rows = {
         "method": str(plan["method"]),
         "codes": f"{plan['bits']} bits, {grid}",
         "group size": group,
         "rotation": f"{plan['residual_rotation']}, {plan['value_rotation']}",
-        "at inference": f"{plan['heads_rotation']}, {plan['mlp_rotation']}",
+        **({"at inference": ", ".join(online)} if online != ["none"] * 2 else {}),
         "calibration": f"{plan['calibration']}: {plan['samples']} windows of"
         f" {plan['sequence_length']} tokens",
         **_activations(plan),

@@ -78,6 +78,17 @@ class Job(Codes, Importance, Activations):
             "what is free",
         ),
     ] = None
+    vram: Annotated[
+        str | None,
+        value(
+            PLACE,
+            "--vram",
+            "SIZE",
+            "GPU memory the whole process may use; plan also takes a card's that is"
+            " not here.",
+            "what is free",
+        ),
+    ] = None
     threads: Threads = None
     batch: Annotated[
         int, value(PLACE, "--batch", "N", "Units in flight.", "two a thread")

@@ -10,10 +10,12 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.schemes import GRID_NAMES
 
 from .bits import as_choice, explained, with_bits
+from .forecast import forecast, forecast_rows, resident_bytes
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
 from .progress import shown
+from .serving import serving_of, serving_rows
 from .stopping import StopRequest
 from .text import exact_size, facts, remark, say, say_json, size
 
@@ -31,7 +33,8 @@ def plan(
     With --bpw it measures first, and leaves that for quantize in the work folder.
     """
     del debug
-    made = prepare(model, job, read_calibration=job.bpw is not None)
+    measures = job.bpw is not None
+    made = prepare(model, job, read_calibration=measures, imagined=not measures)
     choice = None
     if job.bpw is not None:
         with StopRequest() as stop, shown(silent=quiet or as_json) as listener:
@@ -51,15 +54,20 @@ def show(made: Prepared, *, as_json: bool) -> None:
     if as_json:
         say_json(as_object(made))
     else:
-        say(facts(rows(made)))
+        found = rows(made) | forecast_rows(forecast(made))
+        say(facts(found | serving_rows(serving_of(made))))
 
 
 def as_object(made: Prepared) -> dict[str, Any]:
-    """Give both halves of the plan as JSON takes them."""
+    """Give both halves of the plan as JSON takes them, and what is expected of it."""
+    expected = forecast(made)
+    seconds = None if expected is None else expected.seconds
     return {
+        "predicted_seconds": seconds,
         "plan": dataclasses.asdict(made.plan),
         "execution": dataclasses.asdict(made.execution),
         "plan_sha256": made.plan.sha256,
+        "serving": dataclasses.asdict(serving_of(made)),
     }
 
 
@@ -104,7 +112,9 @@ def rows(made: Prepared) -> dict[str, str]:
         "bits per weight": f"{execution.bits_per_weight:.3f} over the whole model",
         "device": f"{options.device}, {options.workers} threads,"
         f" {execution.in_flight} units in flight",
-        "host memory": size(execution.working_bytes + _resident_bytes(made)),
+        **_gpu_memory(made),
+        "host memory": size(execution.working_bytes + resident_bytes(made)),
+        "tightest stage": execution.tightest.name,
         "scratch on disk": size(execution.scratch_bytes),
         "written in all": size(execution.written_bytes),
         "free on disk": size(_free_bytes(options.output)),
@@ -113,6 +123,18 @@ def rows(made: Prepared) -> dict[str, str]:
         "plan": plan.sha256[:16],
     }
     return found
+
+
+def _gpu_memory(made: Prepared) -> dict[str, str]:
+    """Say what of the card is needed, and where a block's weights lie."""
+    if not made.options.on_gpu:
+        return {}
+    text = size(made.execution.device_bytes)
+    if made.options.vram_bytes is not None:
+        text += f" of {size(made.options.vram_bytes)}"
+    if made.execution.streams_weights:
+        text += "; weights are fetched from host memory for each use"
+    return {"GPU memory": text}
 
 
 def _codes(plan: QuantizationPlan, grid: str, group: str) -> dict[str, str]:
@@ -195,14 +217,6 @@ def warn_about_disk(made: Prepared) -> None:
     missing = shortage(made.execution, made.options)
     if missing:
         remark("warning", missing)
-
-
-def _resident_bytes(made: Prepared) -> int:
-    execution, units = made.execution, made.plan.units
-    if not execution.slots or not units:
-        return 0
-    # Rounded up: the last unit may be smaller than the others.
-    return execution.slots * execution.slot_bytes * execution.resident_units // units
 
 
 def _free_bytes(path: Path) -> int:

@@ -50,17 +50,28 @@ def prepare(
     *,
     read_calibration: bool,
     checkpoint: "Checkpoint | None" = None,
+    imagined: bool = False,
 ) -> Prepared:
     """Open the model, check every option, and plan; nothing is written.
 
     Without ``read_calibration`` the plan lacks the hash of the windows, and
     nothing is asked of the network but the model, and that only where its
-    ``checkpoint`` is not open already.
+    ``checkpoint`` is not open already. A plan may be ``imagined``: with ``--vram``, for
+    a card that is not here.
+
+    Raises
+    ------
+    UsageError
+        Options that exclude each other, or ``--vram`` where no GPU computes.
     """
-    ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
     settings = settings_of(job)
-    device = pick_device(job.device)
-    options = run_options(model, job, device, ram_bytes)
+    device = pick_device(job.device, imagined=imagined and job.vram is not None)
+    if job.vram is not None and device == "cpu":
+        raise UsageError(
+            "--vram is for a GPU, and this run computes on the CPU: leave it out, or"
+            " give --ram"
+        )
+    options = run_options(model, job, device)
 
     import torch
 
@@ -79,6 +90,11 @@ def prepare(
 
         require_reachable(checkpoint, architecture, plan, job.bpw)
     execution = plan_execution(checkpoint, architecture, plan, options)
+    if options.vram_bytes is not None and torch.cuda.is_available():
+        from rsq_stream.memory_fit import CONTEXT_BYTES
+        from rsq_stream.ops.device_memory import cap
+
+        cap(place, options.vram_bytes - CONTEXT_BYTES)
     windows = None
     if read_calibration and plan.needs_calibration:
         windows = calibration_windows(job, plan, checkpoint)
@@ -139,8 +155,10 @@ def settings_of(job: Job) -> "Settings":
     return Settings(**given)
 
 
-def run_options(model: str, job: Job, device: str, ram_bytes: int | None) -> RunOptions:
+def run_options(model: str, job: Job, device: str) -> RunOptions:
     """Take from the options what may change on resume."""
+    ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
+    vram_bytes = None if job.vram is None else parse_size("--vram", job.vram)
     name = Path(model).resolve().name
     kind = f"{job.bits or USUAL_BITS}bit" if job.bpw is None else f"{job.bpw:g}bpw"
     kind = "" if job.method == "rotate" else f"-{kind}"
@@ -151,6 +169,7 @@ def run_options(model: str, job: Job, device: str, ram_bytes: int | None) -> Run
         work_dir=work_dir,
         device=device,
         ram_bytes=ram_bytes,
+        vram_bytes=vram_bytes,
         workers=pick_workers(job.threads, device),
         units_in_flight=job.batch,
         allow_device_change=job.allow_device_change,
@@ -196,8 +215,10 @@ def tokenizer_of(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
     return load_tokenizer(checkpoint.files.path("config.json").parent)
 
 
-def pick_device(wanted: str | None) -> str:
+def pick_device(wanted: str | None, *, imagined: bool = False) -> str:
     """Give the device: as asked and checked, else CUDA where there is one.
+
+    An ``imagined`` one is CUDA, here or not.
 
     Raises
     ------
@@ -206,8 +227,8 @@ def pick_device(wanted: str | None) -> str:
     """
     import torch
 
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted is None or (wanted == "cuda" and imagined):
+        return "cuda" if imagined or torch.cuda.is_available() else "cpu"
     known = ["cpu"]
     if torch.cuda.is_available():
         known += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]

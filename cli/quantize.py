@@ -3,22 +3,24 @@
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rsq_stream.events import LinearRecord
 
 from .bits import explained, require_free, with_bits
 from .findings import notices_of, warnings_of
+from .forecast import compared, forecast, stage_table
 from .job import Job
 from .options import Debug, DryRun, Json, Model, Quiet
 from .plan import as_object, show, warn_about_disk
 from .prepare import Prepared, prepare
 from .progress import shown
+from .serving import serving_of, serving_rows
 from .stopping import StopRequest
 from .text import duration, exact_size, facts, remark, say, say_aside, say_json
 
 if TYPE_CHECKING:
-    from rsq_stream.pipeline import RunSummary
+    from rsq_stream.run_summary import RunSummary
 
 
 def quantize(
@@ -49,6 +51,7 @@ def quantize(
 
     from rsq_stream.pipeline import quantize as run
 
+    expected = forecast(made)
     with StopRequest() as stop, shown(silent=silent) as listener:
         summary = run(
             made.checkpoint,
@@ -59,11 +62,18 @@ def quantize(
             listener=listener,
             stop=stop.event,
         )
-    _report(model, made, summary, as_json=as_json, quiet=quiet)
+    stages = compared(made, expected, summary.stages)
+    _report(model, made, summary, stages, as_json=as_json, quiet=quiet)
 
 
 def _report(
-    model: str, made: Prepared, summary: "RunSummary", *, as_json: bool, quiet: bool
+    model: str,
+    made: Prepared,
+    summary: "RunSummary",
+    stages: dict[str, dict[str, Any]],
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Say what was made, what stands out in it, and what to do next."""
     warnings = warnings_of(summary.records)
@@ -77,6 +87,7 @@ def _report(
             "bits_per_weight": made.execution.bits_per_weight,
             "seconds": summary.seconds,
             "resumed_at": summary.resumed_at,
+            "stages": stages,
             "warnings": warnings,
             "notices": notices,
             "linears": [dataclasses.asdict(record) for record in summary.records],
@@ -97,10 +108,13 @@ def _report(
         "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
         **_errors(summary.records),
         "time": duration(summary.seconds),
+        **serving_rows(serving_of(made)),
         "load it": loader,
         "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
     }
     say(facts(rows))
+    if stages:
+        say(f"\n{stage_table(made, stages)}")
 
 
 def _errors(records: Sequence[LinearRecord]) -> dict[str, str]:

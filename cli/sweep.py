@@ -1,13 +1,11 @@
 """``rsq-stream sweep``: a grid of settings and seeds; mean and deviation of each."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rsq_stream.errors import Interrupted, RsqError
+from rsq_stream.errors import Interrupted
 
 from .options import (
     Debug,
@@ -26,6 +24,7 @@ from .sweep_file import EvalOptions, SweepFile, read_sweep
 from .sweep_folder import SweepFolder
 from .sweep_places import Place, places_for
 from .sweep_pool import run_all
+from .sweep_report import list_runs, report
 from .sweep_runs import (
     Planned,
     Row,
@@ -36,8 +35,7 @@ from .sweep_runs import (
     rows_of,
     runs_of,
 )
-from .sweep_table import MEANING, Line, as_table, line_of
-from .text import remark, say, say_json, table
+from .text import remark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def sweep(
         runs = _runs(made, keep=False)
         _require_texts(made, runs)  # before anything is written
     if dry_run:
-        _list(made, runs, as_json=as_json)
+        list_runs(made.folder, runs, as_json=as_json)
         return
     with made.folder:
         runs = _runs(made, keep=True)
@@ -87,7 +85,7 @@ def sweep(
         if began:
             _require_texts(made, runs)
         failures = _run(made, runs, keep_models=keep_models, silent=silent)
-        _report(made, runs, failures, as_json=as_json, quiet=quiet)
+        report(made.folder, made.rows, runs, failures, as_json=as_json, quiet=quiet)
 
 
 def _checked(
@@ -184,10 +182,11 @@ def _run(
                     f" {found['perplexity']:.3f}  {found['seconds']:.1f} s"
                     f"  {ended.place.name}{kept}",
                 )
-        if stop.event.is_set() and done + len(failures) < total:
+        left = len(_missing(folder, runs))
+        if stop.event.is_set() and left > len(failures):
             raise Interrupted(
-                f"stopped with {done} of {total} runs finished; the same command goes"
-                " on where each stopped"
+                f"stopped with {total - left} of {total} runs finished; the same"
+                " command goes on where each stopped"
             )
     return failures
 
@@ -230,78 +229,3 @@ def _beginner(made: _Sweep, *, keep_models: bool) -> Callable[[Run, Place], Path
         return made.folder.begin(run.key, task)
 
     return begin
-
-
-def _list(made: _Sweep, runs: Sequence[Run], *, as_json: bool) -> None:
-    """Show the runs and where each stands."""
-    listed = [
-        {
-            "name": run.name,
-            "seed": run.seed,
-            "state": made.folder.state(run.key),
-        }
-        for run in runs
-    ]
-    if as_json:
-        say_json({"folder": str(made.folder.path), "runs": listed})
-        return
-    cells = [(str(r["name"]), str(r["seed"]), str(r["state"])) for r in listed]
-    say(table(("run", "seed", "state"), cells))
-    counts = Counter(str(run["state"]) for run in listed)
-    states = ", ".join(f"{count} {state}" for state, count in counts.items())
-    say(f"\n{len(listed)} runs: {states}; folder {made.folder.path}")
-
-
-def _report(
-    made: _Sweep,
-    runs: Sequence[Run],
-    failures: dict[str, str],
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Show the table.
-
-    Raises
-    ------
-    RsqError
-        Some run failed.
-    """
-    results = {run.key: made.folder.result(run.key) for run in runs}
-    lines = []
-    for row in made.rows:
-        own = {
-            run.seed: found
-            for run in runs
-            if run.name == row.name and (found := results[run.key]) is not None
-        }
-        lines.append((row, line_of(row.name, len(made.file.seeds), own), own))
-    if as_json:
-        say_json(
-            {
-                "folder": str(made.folder.path),
-                "rows": [_as_object(*line) for line in lines],
-                "failures": [
-                    {"name": run.name, "seed": run.seed, "error": failures[run.key]}
-                    for run in runs
-                    if run.key in failures
-                ],
-            }
-        )
-    else:
-        say(as_table([line for _, line, _ in lines]))
-        if not quiet:
-            say(f"\n{MEANING}")
-    if failures:
-        raise RsqError(
-            f"{len(failures)} of {len(results)} runs failed, as said above; the same"
-            " command tries them again"
-        )
-
-
-def _as_object(row: Row, line: Line, own: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(line),
-        "options": row.options,
-        "runs": list(own.values()),
-    }

@@ -80,7 +80,7 @@ def run(folder: Path, task: Mapping[str, Any]) -> None:
         **{name: found[name] for name in ("perplexity", "loss", "windows", "tokens")},
         "evaluation_seconds": found["seconds"],
         **made,
-        "output": str(output) if task["keep_model"] else None,
+        "output": str(output.resolve()) if task["keep_model"] else None,
     }
     content = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     atomic.write_file(Path(task["result"]), content.encode())

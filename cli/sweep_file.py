@@ -40,7 +40,7 @@ _NOT_HERE = {
 }
 _FEW = 12
 """Names that an error may list."""
-_SPEED = ("ram", "threads", "batch")
+_SPEED = ("ram", "vram", "threads", "batch")
 """Decide no result, so they are no settings to compare."""
 
 

@@ -3,7 +3,8 @@
 //     code_k = clamp(rint((level[code_k] + pull_k / hessian[k, k]) / scale) + zero, 0, top)
 //     pull_j -= (level[new code_k] - level[old code_k]) * hessian[k, j]     for j > k
 //
-// A warp takes a row, as in sweep.cu; so do layout, CHUNKS and the block.
+// or, with -DTABLE, to the code by the midpoints of a table, as in sweep.cu; so are the
+// warp for a row, layout, CHUNKS and the block.
 // Alone: nvcc -DCHUNKS=4 -cubin descent.cu
 
 static_assert(CHUNKS >= 1 && CHUNKS <= 8, "256 columns at most lie in registers");
@@ -12,11 +13,23 @@ constexpr int WARP = 32;
 constexpr int ROWS = 4;
 constexpr unsigned ALL = 0xffffffffu;
 
+__device__ inline long long code_of(float x, float zero, const float *middle, long long levels)
+{
+#ifdef TABLE
+    long long code = 0;
+    for (long long m = 0; m + 1 < levels; ++m) code += x > middle[m];
+    return code;
+#else
+    const float step = __fadd_rn(rintf(x), zero);
+    return (long long)fminf(fmaxf(step, 0.0f), (float)(levels - 1));
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(ROWS * WARP)
 descent(const unsigned char *old_code, long long code_stride,
         const float *pull, long long pull_stride,
         const float *hessian, long long hessian_stride,
-        const float *scale, const float *zero, const float *level,
+        const float *scale, const float *zero, const float *level, const float *middle,
         unsigned char *code, long long rows, long long columns, long long levels)
 {
     const int lane = threadIdx.x % WARP;
@@ -33,7 +46,6 @@ descent(const unsigned char *old_code, long long code_stride,
     }
     const float inverse = __fdiv_rn(1.0f, scale[row]);
     const float shift = zero[row];
-    const float top = (float)(levels - 1);
 
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
@@ -47,9 +59,9 @@ descent(const unsigned char *old_code, long long code_stride,
                 const long long from = old[c] < levels ? old[c] : levels - 1;
                 const float before = level[row * levels + from];
                 const float goal = __fadd_rn(before, __fmul_rn(left[c], per));
-                const float near = __fadd_rn(rintf(__fmul_rn(goal, inverse)), shift);
-                const float kept = fminf(fmaxf(near, 0.0f), top);
-                step = __fsub_rn(level[row * levels + (long long)kept], before);
+                const long long kept =
+                    code_of(__fmul_rn(goal, inverse), shift, middle, levels);
+                step = __fsub_rn(level[row * levels + kept], before);
                 code[row * columns + k] = (unsigned char)kept;
             }
             step = __shfl_sync(ALL, step, turn);

@@ -1,6 +1,7 @@
 // Quantize one block of columns, left to right:
 //
-//     code_k = clamp(rint(target_k / scale) + zero, 0, top)
+//     code_k = clamp(rint(target_k / scale) + zero, 0, top), or with -DTABLE
+//     code_k = how many of the midpoints between a table's values are below target_k / scale
 //     error_k = weight_k - level[code_k]
 //     target_j += error_k * upper[k, j]         for the columns j > k
 //
@@ -9,7 +10,8 @@
 // sums are rounded one by one, so that the result is the twin's bit for bit.
 //
 // Layout: target, weight [rows, columns] and upper [columns, columns] with a stride
-// between rows; scale, zero [rows]; level [rows, levels]; code, error [rows, columns].
+// between rows; scale, zero [rows]; level [rows, levels]; middle [levels - 1], only of a
+// table; code, error [rows, columns].
 // -DCHUNKS=ceil(columns / 32), at most 8. Block: 128 threads, 4 rows.
 // Alone: nvcc -DCHUNKS=4 -cubin sweep.cu
 
@@ -19,11 +21,23 @@ constexpr int WARP = 32;
 constexpr int ROWS = 4;
 constexpr unsigned ALL = 0xffffffffu;
 
+__device__ inline long long code_of(float x, float zero, const float *middle, long long levels)
+{
+#ifdef TABLE
+    long long code = 0;
+    for (long long m = 0; m + 1 < levels; ++m) code += x > middle[m];
+    return code;
+#else
+    const float step = __fadd_rn(rintf(x), zero);
+    return (long long)fminf(fmaxf(step, 0.0f), (float)(levels - 1));
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(ROWS * WARP)
 sweep(const float *target, long long target_stride,
       const float *weight, long long weight_stride,
       const float *upper, long long upper_stride,
-      const float *scale, const float *zero, const float *level,
+      const float *scale, const float *zero, const float *level, const float *middle,
       unsigned char *code, float *error,
       long long rows, long long columns, long long levels)
 {
@@ -40,7 +54,6 @@ sweep(const float *target, long long target_stride,
     }
     const float inverse = __fdiv_rn(1.0f, scale[row]);
     const float shift = zero[row];
-    const float top = (float)(levels - 1);
 
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
@@ -49,9 +62,9 @@ sweep(const float *target, long long target_stride,
             if (k >= columns) return;
             float wrong = 0.0f;
             if (lane == turn) {
-                const float step = __fadd_rn(rintf(__fmul_rn(goal[c], inverse)), shift);
-                const float kept = fminf(fmaxf(step, 0.0f), top);
-                wrong = __fsub_rn(own[c], level[row * levels + (long long)kept]);
+                const long long kept =
+                    code_of(__fmul_rn(goal[c], inverse), shift, middle, levels);
+                wrong = __fsub_rn(own[c], level[row * levels + kept]);
                 code[row * columns + k] = (unsigned char)kept;
                 error[row * columns + k] = wrong;
             }

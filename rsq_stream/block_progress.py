@@ -105,5 +105,4 @@ class BlockProgress:
         content = path.read_bytes() if path.is_file() else b""
         if self.journal.chunks(TOKEN_WEIGHTS).get(index) != checksum(content):
             raise DamagedError(f"{path}: is damaged or missing", path.name)
-        device = block.weight(STAGES[0].linears[0]).device
-        return load(content)["weight"].to(device)
+        return load(content)["weight"].to(block.device)

@@ -38,6 +38,7 @@ from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
 from rsq_stream.token_importance import TokenImportance, make_importance
+from rsq_stream.trial import try_largest
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class BlockSetup:
     slots: RunSlots
     passes: Passes
     work_dir: Path
+    streams_weights: bool
+    """Weights of linears lie in host memory, and are fetched for each use."""
 
     @property
     def progress(self) -> BlockProgress:
@@ -81,10 +84,29 @@ class BlockSetup:
         rows = partial(self.output.read_rows, EMBEDDING)
         embed(self.slots.inputs_of(0), windows, rows, self.passes.check)
 
+    def _placed(
+        self, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Give the linears' weights for the solver, and all tensors for the passes.
+
+        The first in fp32 in host memory: of them the solver wants one at a time. Each
+        tensor is dropped on the way, so that the device never has all of both.
+        """
+        compute = getattr(torch, self.plan.compute_type)
+        weights, cast = {}, {}
+        for name in list(tensors):
+            tensor, linear = tensors.pop(name), name.removesuffix(".weight")
+            cast[name] = tensor.to(compute)
+            if linear in LINEARS:
+                weights[linear] = tensor.to("cpu")
+                if self.streams_weights:
+                    cast[name] = cast[name].to("cpu")
+        return weights, cast
+
     def open(
-        self, index: int, tensors: Mapping[str, Tensor], stages: int | None = None
+        self, index: int, tensors: dict[str, Tensor], stages: int | None = None
     ) -> tuple[BlockSolver, int]:
-        """Give a block's solver and how many stages are done.
+        """Give a block's solver and how many stages are done; takes the tensors.
 
         Their linears hold the quantized weights. Without ``stages``, the journal says
         how many, and what they left behind is taken up.
@@ -95,9 +117,7 @@ class BlockSetup:
             What the finished stages left behind is not what they wrote.
         """
         schemes, grids = schemes_and_grids(index, self.plan, self.source, tensors)
-        weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
-        compute = getattr(torch, self.plan.compute_type)
-        cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
+        weights, cast = self._placed(tensors)
         # Both hold the source's weights, until those of the first are replaced; and
         # only the first sees activations as the served model does.
         quantizers = ActivationQuantizer(self.plan), AS_COMPUTED
@@ -123,7 +143,7 @@ class BlockSetup:
         done = self.journal.stages(index) if stages is None else stages
         for linear, dtype in self.source.linear_types(index).items():
             if linear not in schemes:  # kept: the quantized model has it as stored
-                block.replace_weight(linear, weights[linear].to(dtype).float())
+                block.replace_weight(linear, weights[linear].to(dtype))
         progress.replace_solved(index, block, done)
         known_BT = progress.take_up(index, block, done) if stages is None else None
         solver = BlockSolver(
@@ -156,7 +176,15 @@ def set_up(
     work_dir: Path,
     windows: Windows,
 ) -> BlockSetup:
-    """Make what all blocks share: RoPE tables, activation slots, the importance."""
+    """Make what all blocks share: RoPE tables, activation slots, the importance.
+
+    Raises
+    ------
+    BudgetError
+        The largest linear is tried first, and memory ran out.
+    """
+    if execution.tries_largest:
+        try_largest(architecture, plan, device, passes)
     importance = make_importance(plan, windows)
     family = architecture.family
     config = layer_config(family, checkpoint.config)
@@ -177,6 +205,7 @@ def set_up(
         slots,
         passes,
         work_dir,
+        execution.streams_weights,
     )
 
 

@@ -7,17 +7,21 @@ down on what quantized gate and up give: true-sequential, with partial forwards.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.factor import factorise
+from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.algorithm.grid import Grid
+from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.order import group_aware_order, put_back, reorder
+from rsq_stream.algorithm.propagation import Drift
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import STAGES, block_prefix
+from rsq_stream.model.architecture import STAGES, block_prefix, role
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
 from rsq_stream.stage_statistics import StageStatistics, TokenWeights
@@ -25,6 +29,8 @@ from rsq_stream.streams import WRITES_H, Stream
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
+_DECODED = 1 << 24
+"""Codes that are decoded at a time."""
 
 
 @dataclass
@@ -35,7 +41,7 @@ class BlockSolver:
     streams: list[Stream]
     """The quantized stream; with error propagation the full-precision one too."""
     weights: dict[str, Tensor]
-    """fp32 weights by linear; each is dropped when it is solved."""
+    """fp32 weights by linear, in host memory; each is dropped when it is solved."""
     schemes: dict[str, Scheme]
     """How each linear is quantized; those that are kept are absent."""
     grids: dict[str, Grid]
@@ -54,79 +60,106 @@ class BlockSolver:
         """
         for number in range(done, len(STAGES)):
             before = len(self.records)
-            if number == WRITES_H:
-                for stream in self.streams:
-                    stream.slots.h.renew()
             self._solve_stage(number)
             made = self.records[before:]
             self.finish_stage(number, made, self.statistics.token_weights)
-        for stream in self.streams:
-            stream.advance(self.passes, self.index)
+        with self.passes.meter.stage("outputs: pass"):
+            for stream in self.streams:
+                advance = partial(stream.advance, self.passes, self.index)
+                self.passes.with_fewer(advance, f"block {self.index}, outputs")
         return self.records
+
+    def _accumulated(self, number: int) -> tuple[Hessian, Drift | None]:
+        """Make a stage's pass; it begins anew where memory runs out in it."""
+
+        def once() -> tuple[Hessian, Drift | None]:
+            if number == WRITES_H:
+                for stream in self.streams:
+                    stream.slots.h.renew()
+            return self.statistics.accumulate(number)
+
+        return self.passes.with_fewer(
+            once, f"block {self.index}, {STAGES[number].name}"
+        )
 
     def _solve_stage(self, number: int) -> None:
         stage, pool = STAGES[number], self.passes.pool
         linears = [linear for linear in stage.linears if linear in self.schemes]
         if not linears and number not in (0, WRITES_H):
             return  # these two passes leave something for the others
-        hessian, drift = self.statistics.accumulate(number)
+        meter = self.passes.meter
+        with meter.stage(f"{stage.name}: pass"):
+            hessian, drift = self._accumulated(number)
         self.passes.check()
-        order_I = None
-        if self.plan.act_order and linears:
-            # One for the stage: the plan allows no group sizes of linears' own.
-            group_size = self.schemes[linears[0]].group_size
-            order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
-            reorder(hessian, order_I)
-            if drift is not None:
-                drift.reorder(order_I)
-        try:
-            damping = self.plan.damping_for(hessian.matrix_II.shape[0])
-            factor = factorise(hessian, damping, self.plan.tile_columns, pool)
-        except NumericalError as error:
-            where = f"block {self.index}, {stage.name}"
-            raise NumericalError(f"{where}: {error}") from error
+        with meter.stage(f"{stage.name}: factorise"):
+            order_I = None
+            if self.plan.act_order and linears:
+                # One for the stage: the plan allows no group sizes of linears' own.
+                group_size = self.schemes[linears[0]].group_size
+                order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
+                reorder(hessian, order_I)
+                if drift is not None:
+                    drift.reorder(order_I)
+            try:
+                damping = self.plan.damping_for(hessian.matrix_II.shape[0])
+                factor = factorise(hessian, damping, self.plan.tile_columns, pool)
+            except NumericalError as error:
+                where = f"block {self.index}, {stage.name}"
+                raise NumericalError(f"{where}: {error}") from error
         for linear in linears:
-            weight_OI = target_OI = self.weights.pop(linear)
-            if order_I is not None:
-                target_OI = weight_OI[:, order_I]
-            share = self.plan.propagate_share(block_prefix(self.index) + linear)
-            if drift is not None and share > 0:
-                target_OI = target_OI + drift.correction(
-                    weight_OI, factor, share, self.plan.tile_rows, pool
-                )
-            solution = solve(
-                target_OI,
-                factor,
-                self.grids[linear],
-                self.schemes[linear].group_size,
-                dynamic_scales=self.plan.group_scales == "dynamic",
-                tile_rows=self.plan.tile_rows,
-                pool=pool,
-                sweeps=self.plan.sweeps,
-                refit=self.plan.refit,
+            with meter.stage(f"{stage.name}: solve {role(linear)}"):
+                self._solve_linear(linear, factor, drift, order_I)
+
+    def _solve_linear(
+        self, linear: str, factor: Factor, drift: Drift | None, order_I: Tensor | None
+    ) -> None:
+        pool = self.passes.pool
+        weight_OI = target_OI = self.weights.pop(linear)
+        if order_I is not None:
+            target_OI = weight_OI[:, order_I.to(weight_OI.device)]
+        share = self.plan.propagate_share(block_prefix(self.index) + linear)
+        if drift is not None and share > 0:
+            target_OI = target_OI + drift.correction(
+                weight_OI, factor, share, self.plan.tile_rows, pool
             )
-            if order_I is not None:
-                solution = put_back(solution, order_I)
-            self.streams[0].block.replace_weight(
-                linear, decoded(solution, self.grids[linear])
+        solution = solve(
+            target_OI,
+            factor,
+            self.grids[linear],
+            self.schemes[linear].group_size,
+            dynamic_scales=self.plan.group_scales == "dynamic",
+            tile_rows=self.plan.tile_rows,
+            pool=pool,
+            sweeps=self.plan.sweeps,
+            refit=self.plan.refit,
+        )
+        if order_I is not None:
+            solution = put_back(solution, order_I)
+        block = self.streams[0].block
+        kind = block.weight(linear).dtype
+        block.replace_weight(linear, decoded(solution, self.grids[linear], kind))
+        self.keep(linear, solution)
+        self.records.append(
+            record(
+                self.index,
+                linear,
+                self.schemes[linear],
+                solution,
+                damping=factor.damping,
+                attempts=factor.attempts,
+                dead_inputs=factor.dead_inputs,
             )
-            self.keep(linear, solution)
-            self.records.append(
-                record(
-                    self.index,
-                    linear,
-                    self.schemes[linear],
-                    solution,
-                    damping=factor.damping,
-                    attempts=factor.attempts,
-                    dead_inputs=factor.dead_inputs,
-                )
-            )
+        )
 
 
-def decoded(solution: Solution, grid: Grid) -> Tensor:
-    """Give the weights as a loader will see them, fp32."""
-    return grid.decode(solution.code_OI, solution.scale_OG, solution.zero_OG)
+def decoded(
+    solution: Solution, grid: Grid, kind: torch.dtype = torch.float32
+) -> Tensor:
+    """Give the weights as a loader will see them, in a type that is exact for them."""
+    parts = (solution.code_OI, solution.scale_OG, solution.zero_OG)
+    rows = max(1, _DECODED // solution.code_OI.shape[1])
+    by_rows = zip(*(part.split(rows) for part in parts), strict=True)
+    return torch.cat([grid.decode(*part).to(kind) for part in by_rows])
 
 
 def round_block(

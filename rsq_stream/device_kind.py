@@ -11,6 +11,8 @@ from rsq_stream.ops.walsh import package_version
 def device_kind(device: torch.device) -> str:
     """Name the processor and the library versions that the bits depend on."""
     torch_version = importlib.metadata.version("torch")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return f"cuda, of which there is none here, torch {torch_version}"
     if device.type == "cuda":
         made = torch.cuda.get_device_properties(device)
         return (

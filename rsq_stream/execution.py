@@ -6,6 +6,16 @@ from pathlib import Path
 from rsq_stream.errors import require
 
 
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """The memory that one stage of a block takes at its peak."""
+
+    name: str
+    device_bytes: int
+    """On the GPU; 0 where the host computes."""
+    host_bytes: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionPlan:
     """How a plan runs within the budgets of this machine; decides no byte."""
@@ -35,6 +45,21 @@ class ExecutionPlan:
     """Bits of the whole output per weight of the model."""
     fallbacks: tuple[str, ...]
     """Linears whose inputs the group size does not divide."""
+    tries_largest: bool
+    """The largest linear is solved once with random data, before the first block."""
+    used_bytes: int
+    """Host memory that this process had taken when it planned."""
+    streams_weights: bool
+    """A block's linears lie in host memory, and the GPU fetches them for each use."""
+    device_bytes: int
+    """GPU memory at the peak, what lies outside the allocator included."""
+    stages: tuple[StageMemory, ...]
+    """What each stage of a block takes, in their order."""
+
+    @property
+    def tightest(self) -> StageMemory:
+        """The stage that decides the budget: on the GPU, where there is one."""
+        return max(self.stages, key=lambda made: (made.device_bytes, made.host_bytes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +71,8 @@ class RunOptions:
     device: str = "cpu"
     ram_bytes: int | None = None
     """Host memory the whole process may use; None is what the machine has free."""
+    vram_bytes: int | None = None
+    """GPU memory the whole process may use; None is what the card has free."""
     workers: int = 1
     """Threads that compute units, panels and tiles side by side (CPU only)."""
     units_in_flight: int = 0
@@ -56,6 +83,11 @@ class RunOptions:
     """Remove a hub model's shards from the cache after use, those the run fetched."""
     restart: bool = False
     keep_work: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return self.device.startswith("cuda")
 
     def __post_init__(self) -> None:
         require(1 <= self.workers <= 1024, "threads", self.workers, "1 to 1024")

@@ -42,6 +42,8 @@ def load_model(
     ``dtype`` is the type of the weights, by default that of the folder's norms. With a
     full rotation the inputs of o and down are rotated by hooks; what
     ``save_pretrained`` makes of the model says so, and comes back by this function.
+    Activations are not rounded, also where the folder is to be served with fewer bits:
+    ``eval`` does that.
 
     Raises
     ------

@@ -6,22 +6,24 @@ are taken in the units' order: so neither budget nor workers change a bit.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from rsq_stream.errors import Interrupted, NumericalError
-from rsq_stream.events import Listener, StageStarted, UnitsDone
+from rsq_stream.errors import BudgetError, Interrupted, NumericalError
+from rsq_stream.events import Listener, Notice, StageStarted, UnitsDone
+from rsq_stream.ops.device_memory import give_back_device_memory
 from rsq_stream.ops.heap import give_back_free_memory
 from rsq_stream.ops.pool import Pool
+from rsq_stream.stage_meter import StageMeter
 from rsq_stream.storage.activations import Slot
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Passes:
     """How passes are run: threads, units in flight, who listens, who may stop."""
 
@@ -29,6 +31,7 @@ class Passes:
     in_flight: int
     listener: Listener
     stop: threading.Event
+    meter: StageMeter = field(default_factory=StageMeter)
 
     def over(
         self,
@@ -59,8 +62,33 @@ class Passes:
                 UnitsDone(block=block, stage=stage, units=len(run), tokens=tokens)
             )
 
+    def with_fewer(self, work: Callable[[], Result], where: str) -> Result:
+        """Do work whose passes may be too much for the GPU: again, with fewer units.
+
+        Half as many each time, and from then on: what is done twice is the same.
+
+        Raises
+        ------
+        BudgetError
+            Not even one unit at a time fits.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                if self.in_flight == 1:
+                    raise BudgetError(
+                        f"{where}: memory ran out with one unit in flight; free some of"
+                        " it, or give a larger --vram: the same command goes on"
+                    ) from error
+                self.in_flight //= 2
+            # Only now is what the failed attempt held free.
+            give_back_device_memory()
+            text = f"{where}: memory ran out; {self.in_flight} units in flight from now"
+            self.listener(Notice(text=text))
+
     def checked(self, items: Iterable[Result]) -> Iterator[Result]:
-        """Give items as they come; stop between two if somebody asked for it."""
+        """Give items one by one; stops between two if somebody asked for it."""
         for item in items:
             self.check()
             yield item

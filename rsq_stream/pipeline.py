@@ -6,8 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import closing
 from typing import TypeVar
 
 import torch
@@ -38,7 +37,9 @@ from rsq_stream.output_folder import OutputFolder
 from rsq_stream.output_place import discard_unfinished, require_apart, require_usable
 from rsq_stream.passes import Passes, stopper
 from rsq_stream.rebuild import Rebuilder
+from rsq_stream.run_summary import RunSummary
 from rsq_stream.source import Source
+from rsq_stream.stage_meter import StageMeter, StageTaken, added_up
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
@@ -46,18 +47,6 @@ from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.supply import OUTSIDE, mover
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a finished run made."""
-
-    output: Path
-    seconds: float
-    resumed_at: int
-    """The first block that this process did; 0 for an uninterrupted run."""
-    records: tuple[LinearRecord, ...]
-    output_bytes: int
 
 
 def quantize(
@@ -88,6 +77,7 @@ def quantize(
         room.said_when_full(execution, options),
         RunFolder(options.work_dir) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
+        closing(StageMeter(torch.device(options.device))) as meter,
     ):
         if options.restart and folder.has_run:
             if folder.recorded("output") == str(options.output.resolve()):
@@ -99,7 +89,7 @@ def quantize(
         may_differ = DEVICE_FIELDS if options.allow_device_change else ()
         journal = folder.open_journal(plan.canonical_json(), plan.sha256, may_differ)
         plan = settled(journal, plan)
-        passes = Passes(pool, execution.in_flight, listener, stop)
+        passes = Passes(pool, execution.in_flight, listener, stop, meter)
         run = _Run(checkpoint, plan, execution, options, journal, passes, windows)
         try:
             first = run.mended(run.begin)
@@ -107,6 +97,7 @@ def quantize(
                 run.mended(run.block)
             output_bytes = run.mended(run.finish)
             records = tuple(run.records.values())
+            stages = added_up(StageTaken(*made) for made in journal.timings())
         except Interrupted as error:
             raise Interrupted(
                 "stopped; the same command goes on after"
@@ -117,7 +108,7 @@ def quantize(
         if not options.keep_work:
             folder.remove()
     seconds = time.monotonic() - began
-    return RunSummary(options.output, seconds, first, records, output_bytes)
+    return RunSummary(options.output, seconds, first, records, output_bytes, stages)
 
 
 class _Run:
@@ -199,9 +190,8 @@ class _Run:
 
     def begin(self) -> int:
         """Write what lies outside the blocks, embed; gives the first block to do."""
-        facts = {"blocks": str(self.architecture.blocks)}
-        facts["output"] = str(self._output.path.resolve())
-        self._journal.put(facts)
+        where = str(self._output.path.resolve())
+        self._journal.put({"blocks": str(self.architecture.blocks), "output": where})
         last = self._journal.last_block()
         first = 0 if last is None else last + 1
         self.finished = first
@@ -215,7 +205,8 @@ class _Run:
         )
         self._identity.start()
         if last is None:
-            self._write_outer()
+            with self._passes.meter.stage("embedding and head"):
+                self._write_outer()
         elif self._setup:
             for slot in self._setup.slots.inputs_of(first):
                 slot.checksums = self._journal.chunks(slot.folder.name)
@@ -235,14 +226,16 @@ class _Run:
     def block(self) -> None:
         """Do the next block: read, rotate, solve, pack, write, journal."""
         index, began = self.finished, time.monotonic()
+        meter = self._passes.meter
         self._move_to(index)
-        tensors = self._source.block(index)
-        self._output.write(self._source.unquantized(index, tensors))
+        with meter.stage("read and rotate"):
+            tensors = self._source.block(index)
+            self._output.write(self._source.unquantized(index, tensors))
         if self._setup is None:
-            records = self._round(index, tensors)
+            with meter.stage("round"):
+                records = self._round(index, tensors)
         else:
             solver, done = self._setup.open(index, tensors)
-            tensors.clear()
             records = solver.run(done)
         self._commit(index, time.monotonic() - began, records)
 
@@ -266,6 +259,7 @@ class _Run:
             {made.name: dataclasses.asdict(made) for made in records},
             self._output.new_checksums(),
             self._source.news(),
+            [dataclasses.astuple(made) for made in self._passes.meter.news()],
         )
         self.finished = index + 1
         if index >= 0:

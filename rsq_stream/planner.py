@@ -4,18 +4,21 @@
 fits that plan into this machine's memory without changing it.
 """
 
-from math import prod
-
-import psutil
 import torch
 
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import (
-    BudgetError,
     CheckpointError,
     UnsupportedModelError,
 )
 from rsq_stream.execution import ExecutionPlan, RunOptions
+from rsq_stream.memory_fit import (
+    DEVICE_OVERHEAD_BYTES,
+    HOST_OVERHEAD_BYTES,
+    fitted,
+    room_for,
+)
+from rsq_stream.memory_plan import MemoryPlan
 from rsq_stream.model.architecture import (
     HEAD,
     LINEARS,
@@ -24,21 +27,14 @@ from rsq_stream.model.architecture import (
     read_architecture,
 )
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
-from rsq_stream.schemes import HEAD_LINEAR
 from rsq_stream.slots import slot_shape
-from rsq_stream.source import chunk_rows
-from rsq_stream.storage.activations import SlotShape
 from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.supply import Needs, require_hub
+from rsq_stream.trial import worth_trying
 
 _JOURNAL_BYTES = 256 << 10
 """An SQLite file with its rollback journal, before it grows with the model."""
-_OVERHEAD_BYTES = 208 << 20
-"""Libraries loaded after planning, threads, and what the allocator keeps between
-passes: 90 MiB seen with one stream, 180 MiB with two."""
-_ROTATED, _ROUNDED = 7, 18
-"""Chunks of the head in fp32 that turning and rounding it takes; 6.5 and 17 seen."""
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_ENDING = "rotary_emb.inv_freq"
 """Buffers that old checkpoints carry and every loader recomputes."""
@@ -88,33 +84,32 @@ def plan_execution(
     plan: QuantizationPlan,
     options: RunOptions,
 ) -> ExecutionPlan:
-    """Choose units in flight and resident units within ``options.ram_bytes``.
+    """Choose units in flight, resident units, and where a block's weights lie.
 
     Raises
     ------
     BudgetError
         Not even one unit at a time fits; the message says what would do.
     """
-    shape = slot_shape(plan, architecture.width)
-    used = psutil.Process().memory_info().rss
-    budget = options.ram_bytes or used + int(psutil.virtual_memory().available * 0.8)
-    in_flight = options.units_in_flight or 2 * options.workers
-    fixed = _block_bytes(architecture, plan)
-    per_unit = _unit_working_bytes(architecture, plan, shape)
-    if not plan.needs_calibration:
-        in_flight, per_unit = 1, 0
-    fixed += _OVERHEAD_BYTES
-    while in_flight > 1 and used + fixed + in_flight * per_unit > budget:
-        in_flight -= 1
-    working = fixed + in_flight * per_unit
-    if used + working > budget and options.ram_bytes is not None:
-        raise BudgetError(
-            f"--ram {budget / 2**30:.2f}GiB is too little: this model needs"
-            f" {(used + working) / 2**30:.2f}GiB for one block, its Hessian and one"
-            " unit of activations"
-        )
+    shape, room = slot_shape(plan, architecture.width), room_for(options)
+    first = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight")
+    wanted = options.units_in_flight or 2 * options.workers
+    memory = fitted(
+        MemoryPlan(
+            architecture,
+            plan,
+            first.dtype,
+            wanted if plan.needs_calibration else 1,
+            options.workers,
+            options.on_gpu,
+        ),
+        room,
+    )
+    stages = memory.stages()
+    working = max(made.host_bytes for made in stages) + HOST_OVERHEAD_BYTES
+    device = max(made.device_bytes for made in stages)
     slots = 3 * plan.streams if plan.needs_calibration else 0
-    spare = max(0, budget - used - working)
+    spare = max(0, room.host_bytes - working)
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
     layouts = plan_layouts(checkpoint, architecture, plan)
     output_bytes = sum(layout.size_bytes for layout in layouts)
@@ -126,7 +121,7 @@ def plan_execution(
     passes = architecture.blocks
     durable = plan.streams * shape.slot_bytes * (2 * passes + 1) if slots else 0
     return ExecutionPlan(
-        in_flight=in_flight,
+        in_flight=memory.in_flight,
         resident_units=resident,
         slots=slots,
         slot_bytes=shape.slot_bytes,
@@ -144,6 +139,12 @@ def plan_execution(
             for name in LINEARS
             if architecture.linear_shape(name)[1] % plan.group_size
         ),
+        tries_largest=(options.on_gpu or options.ram_bytes is not None)
+        and worth_trying(architecture, plan),
+        used_bytes=room.used_bytes,
+        streams_weights=memory.streams_weights,
+        device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
+        stages=stages,
     )
 
 
@@ -154,41 +155,3 @@ def _small_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
         files.path(name).stat().st_size for name in SIDE_FILES if files.exists(name)
     )
     return carried + 2_000 * architecture.blocks * len(LINEARS) + _JOURNAL_BYTES
-
-
-def _block_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
-    """Host bytes of one block in fp32, twice (rotation and solve), and a Hessian.
-
-    A chunk of the embedding and head, before the first block, sets a floor.
-    """
-    block = 4 * sum(prod(shape) for shape in architecture.block_shapes().values())
-    inputs = max(architecture.linear_shape(name)[1] for name in LINEARS)
-    hessian = 4 * inputs * inputs if plan.needs_calibration else 0
-    if plan.act_order:
-        hessian *= 3  # the whole of it, and its columns in another order
-    if plan.streams > 1:
-        width = architecture.width
-        hessian += 4 * width * max(inputs, width)  # the drift of down, or of q, k, v
-    return max(2 * block + hessian, _outer_bytes(architecture, plan))
-
-
-def _outer_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
-    """Host bytes of a chunk of the embedding or head on its way to the output."""
-    width = architecture.width
-    rows = min(architecture.vocabulary, chunk_rows(width))
-    kept = plan.scheme(HEAD_LINEAR, width) is None
-    return 4 * rows * width * (_ROTATED if kept else _ROUNDED)
-
-
-def _unit_working_bytes(
-    architecture: Architecture, plan: QuantizationPlan, shape: SlotShape
-) -> int:
-    """Host bytes that one unit takes on its way through a stage, at the widest."""
-    tokens = plan.unit_sequences * plan.sequence_length
-    widths = 4 * architecture.width + 3 * architecture.mlp_width
-    if plan.mlp_rotation != "none":
-        widths += 2 * architecture.mlp_width  # two factors of a Hadamard product
-    # Beside the pass itself: one unit read ahead, one waiting to be written.
-    # With two streams, also the drift's errors beside their inputs.
-    widths *= plan.streams
-    return 4 * tokens * widths + 2 * plan.streams * shape.unit_bytes

@@ -217,7 +217,7 @@ def make_plan(
         unit_sequences=max(1, UNIT_TOKENS // length),
         hessian_panel=2048 if cuda else 128,
         tile_columns=128,
-        tile_rows=1 << 20 if cuda else 128,
+        tile_rows=4096 if cuda else 128,
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
     )

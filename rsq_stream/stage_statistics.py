@@ -19,6 +19,9 @@ from rsq_stream.passes import Passes, flat, require_finite
 from rsq_stream.streams import StageInput, Stream
 from rsq_stream.token_importance import TokenImportance
 
+OUTPUTS = 2048
+"""Rows of a 16-bit weight that are brought into fp32 at a time."""
+
 
 class TokenWeights:
     """Importance of a block's tokens: one tensor, bf16 or for exact weights fp32.
@@ -88,8 +91,8 @@ class StageStatistics:
         if plan.streams > 1:
             # Linears that share their input share C - H; o and down have a G each.
             # The last stream holds the source's weights.
-            source_OI = self.streams[-1].block.weight(first).float()
-            alone = source_OI if len(stage.linears) == 1 else None
+            if len(stage.linears) == 1:
+                alone = self.streams[-1].block.weight(first)
             drift = Drift(
                 outputs if alone is not None else None,
                 columns,
@@ -154,8 +157,19 @@ def drift_error(
     )
     if weight_OI is None:
         return weighted_TI
-    error_TO = weighted_TI @ weight_OI.T
+    error_TO = _products(weighted_TI, weight_OI)
     if quantized.residual_BTD is not None and full.residual_BTD is not None:
         residuals = flat(full.residual_BTD), flat(quantized.residual_BTD)
         error_TO += stream_error(*residuals, weight_T)
     return error_TO
+
+
+def _products(weighted_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Compute x W^T in fp32; of weights in another type or place, some rows at a time.
+
+    Whole, they would be there twice.
+    """
+    if weight_OI.dtype == torch.float32 and weight_OI.device == weighted_TI.device:
+        return weighted_TI @ weight_OI.T
+    parts = weight_OI.split(OUTPUTS)
+    return torch.cat([weighted_TI @ part.to(weighted_TI).T for part in parts], 1)

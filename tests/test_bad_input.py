@@ -177,6 +177,7 @@ def test_no_such_folder(refused: Refused) -> None:
         (("--device", "tpu"), "--device must be one of cpu"),
         (("--ram", "some"), "--ram must be a size such as 8GiB, 500MB or 2g"),
         (("--ram", "1MiB"), "is too little: this model needs"),
+        (("--vram", "8GiB"), "--vram is for a GPU, and this run computes on the CPU"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, tuple) else "",
 )

@@ -42,7 +42,7 @@ JOB_FLAGS = """
     --evict-source --keep-work --method --output --propagate --ram --restart
     --revision
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
-    --threads --unsigned-scales --work-dir
+    --threads --unsigned-scales --vram --work-dir
 """
 SERVED_FLAGS = """
     --activation-bits --activation-group-size --activation-clip
@@ -202,12 +202,15 @@ def test_notices_count_what_the_solver_had_to_do() -> None:
         record("a.q_proj", 0.1, kept_rounding=True),
         record("b.q_proj", 0.1, damping_attempts=2),
     ]
-    job = Job(symmetric=False, device="cpu")
+    job = Job(symmetric=False, device="cpu", kv_bits=4)
     plan = prepare(str(MODEL), job, read_calibration=False).plan
     lines = notices_of(plan, records)
     assert lines[0].startswith("1 of 2 linears kept their rounded codes")
     assert lines[1].startswith("1 of 2 linears needed more damping than 0.01")
     assert "dequantize=True" in lines[2]
+    assert lines[3].startswith(
+        "made for rounded activations (4-bit K and V, symmetric)"
+    )
 
 
 def test_one_plain_line_per_block(capsys: pytest.CaptureFixture[str]) -> None:

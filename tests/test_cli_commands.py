@@ -27,7 +27,9 @@ def test_plan_needs_no_calibration_text(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("plan", MODEL, "--output", tmp_path / "out", "--json")
     made = json.loads(out)
     assert code == 0
-    assert set(made) == {"plan", "execution", "plan_sha256"}
+    assert set(made) == {
+        *("plan", "execution", "plan_sha256", "predicted_seconds", "serving")
+    }
     assert made["plan"]["calibration"] == "wikitext2"
     assert made["plan"]["windows_sha256"] == ""
     assert list(tmp_path.iterdir()) == []
@@ -198,7 +200,7 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     kernels = [line for line in found["findings"] if "kernel" in line["name"]]
     assert kernels
     if not torch.cuda.is_available():
-        assert "6 sources compile for sm_90" in kernels[0]["found"]
+        assert "7 sources compile for sm_90" in kernels[0]["found"]
     code, out, _ = run("doctor", "--work-dir", tmp_path / "absent")
     assert code == 1
     assert "FAILED" in out

@@ -13,15 +13,16 @@ pytest.importorskip("cuda.bindings", reason="needs cuda-bindings, which are abse
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SIZES: dict[str, list[tuple[str, ...]]] = {
-    "clip_search": [("CHUNKS=3",)],
+    "clip_search": [("CHUNKS=3",), ("CHUNKS=3", "TABLE")],
     "column_sums": [()],
-    "descent": [("CHUNKS=4",)],
+    "descent": [("CHUNKS=4",), ("CHUNKS=4", "TABLE")],
     "hadamard": [
         ("LOG=7", "DENSE=1", "ROWS=16", "SIGNS=0"),
         ("LOG=10", "DENSE=28", "ROWS=1", f"SIGNS={','.join(['5ull'] * 28)}", "BF16"),
     ],
     "pack": [("BITS=3",)],
-    "sweep": [("CHUNKS=4",)],
+    "lattice": [()],
+    "sweep": [("CHUNKS=4",), ("CHUNKS=4", "TABLE")],
 }
 """What a run uses, by source."""
 ELF = b"\x7fELF"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import rsq_stream
 from rsq_stream.algorithm.rotation import make_rotation, rotation_name
-from rsq_stream.errors import CheckpointError, UnsupportedModelError, UsageError
+from rsq_stream.errors import (
+    CheckpointError,
+    Interrupted,
+    UnsupportedModelError,
+    UsageError,
+)
 from rsq_stream.evaluation.perplexity import evaluate
-from rsq_stream.events import BlockFinished, Event
+from rsq_stream.events import Event, StageStarted
 from rsq_stream.loading import load_model
+from rsq_stream.measure import measure, measuring_plan
 from rsq_stream.model.architecture import FAMILIES, LINEARS
 from rsq_stream.model.block import Block, Rope, layer_config
 from rsq_stream.model.online import (
@@ -34,7 +41,9 @@ from tests.toy import (
     calm,
     contents,
     decoded_state,
+    execution_for,
     open_toy,
+    options_for,
     plan_toy,
     read_json,
     run_toy,
@@ -59,8 +68,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(toy: Path) -> Path:
-    """The toy to 3 bits, fully rotated."""
-    run_toy(toy, toy.with_name("made"), **FULL)
+    """The toy to 3 bits, fully rotated, by exact token weights."""
+    run_toy(toy, toy.with_name("made"), importance_exact=True, **FULL)
     return toy.with_name("made")
 
 
@@ -220,6 +229,7 @@ def whole_model(source: Path, plan: Any) -> Any:
         ("mistral", {"method": "rtn", "symmetric": False}),
         ("qwen2", {"method": "gptq", "overrides": ("o_proj=4", "down_proj@1=16")}),
         ("qwen3", {"group_size": -1, "head_bits": 8}),
+        ("llama", {"grid": "nf", "method": "rtn"}),
     ],
 )
 def test_a_quantized_model_is_the_textbooks_with_its_weights(
@@ -362,20 +372,40 @@ def test_a_rotation_of_no_known_kind_is_refused(toy: Path) -> None:
 def test_stopped_and_resumed_it_has_the_same_bytes(
     toy: Path, made: Path, tmp_path: Path
 ) -> None:
-    class Stopped(Exception):  # noqa: N818
-        pass
+    """In the middle of the second block: its token weights and h are on disk."""
+    stop = threading.Event()
 
     def listener(event: Event) -> None:
-        if isinstance(event, BlockFinished) and event.block == 0:
-            raise Stopped
+        if event == StageStarted(block=1, stage="mlp out", units=3):
+            stop.set()
 
-    output = tmp_path / "out"
-    with pytest.raises(Stopped):
-        run_toy(toy, output, listener=listener, **FULL)
+    output, settings = tmp_path / "out", FULL | {"importance_exact": True}
+    with pytest.raises(Interrupted):
+        run_toy(toy, output, listener=listener, stop=stop, **settings)
     otherwise = {"in_flight": 1, "resident_units": 0}
     options = {"workers": 2}
-    run_toy(toy, output, execution=otherwise, options=options, **FULL)
+    run_toy(toy, output, execution=otherwise, options=options, **settings)
     assert contents(output) == contents(made)
+
+
+def test_what_bits_cost_is_measured_on_rotated_inputs(
+    toy: Path, tmp_path: Path
+) -> None:
+    """q, k, v, gate, up read the same as without; o and down something else."""
+    found = []
+    for kind in ("portable", "full"):
+        chosen: dict[str, Any] = {"rotation": kind, "method": "quarot"}
+        plan, windows = plan_toy(toy, **chosen)
+        assert windows is not None
+        plan, options = measuring_plan(plan), options_for(tmp_path / kind)
+        execution = execution_for(toy, plan, options)
+        found.append(measure(open_toy(toy), plan, execution, options, windows))
+    for name, portable in found[0].items():
+        near = all(
+            found[1][name][bits] == pytest.approx(cost, rel=0.01)
+            for bits, cost in portable.items()
+        )
+        assert near != name.endswith(("o_proj", "down_proj")), name
 
 
 def test_the_rotation_is_in_the_plan_and_in_the_bytes(made: Path, toy: Path) -> None:

@@ -124,3 +124,14 @@ def test_weights_are_those_of_the_textbook(tokens, minimum, maximum, device):
     # A weight half way between two bfloat16 may fall to either side.
     torch.testing.assert_close(found_BT, expected_BT, rtol=2.0**-7, atol=0)
     assert float((found_BT == expected_BT).double().mean()) >= 0.99
+
+
+@each_range
+@each_size
+def test_exact_weights_are_the_formula(sequences, tokens, minimum, maximum):
+    score_BT = random_scores(sequences, tokens)
+    options = {"minimum": minimum, "maximum": maximum}
+    found_BT = Weighting(**options, exact=True).weights(score_BT)
+    expected_BT = token_weights(score_BT, minimum, maximum, exact=True)
+    torch.testing.assert_close(found_BT.double(), expected_BT, rtol=1e-5, atol=1e-6)
+    assert torch.equal(rounded(found_BT), Weighting(**options).weights(score_BT))

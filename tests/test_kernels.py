@@ -21,8 +21,11 @@ from rsq_stream.ops import (
     column_sums,
     descent,
     hadamard,
+    lattice,
     sweep,
+    table,
 )
+from rsq_stream.ops.codebook import digit_values
 from tests import host_kernels
 from tests.test_clip_search import candidates, errors_of
 from tests.test_clip_search import random as rows_of
@@ -32,7 +35,7 @@ from tests.test_sweep import problem
 pytestmark = pytest.mark.skipif(
     host_kernels.compiler() is None, reason="needs g++, which is absent"
 )
-FACES = (bit_stream, clip_search, column_sums, descent, hadamard, sweep)
+FACES = (bit_stream, clip_search, column_sums, descent, hadamard, lattice, sweep)
 each_size = pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (5, 63), (3, 137), (6, 172)]
 )
@@ -90,6 +93,60 @@ def test_clip_search_chooses_as_its_twin(rows, columns, kind, exponent):
     assert bool((chosen_R <= error_RP.amin(1) * (1 + 1e-5)).all())
     if exponent == 2.0:
         assert torch.equal(found_R, clip_search.best_scale(*given))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_tables_have_kernels_that_are_their_twins(bits):
+    given = problem(6, 137, bits, "symmetric")
+    value_L = torch.linspace(-1, 1, 2**bits).pow(3)
+    middle_M = table.middles(value_L)
+    level_RL = value_L * given.scale_R[:, None]
+    scales = (given.scale_R, given.zero_R, level_RL, middle_M)
+    found = sweep.sweep_kernel(*given[:3], *scales)
+    twin = table.sweep_table(*given[:4], value_L, level_RL)
+    assert all(torch.equal(a, b) for a, b in zip(found, twin, strict=True))
+    hessian_CC = torch.eye(137) + 0.1 * torch.ones(137, 137)
+    moved = (found[0], given.target_RC / 9, hessian_CC)
+    better_RC = descent.descend_kernel(*moved, *scales)
+    twin_RC = table.descend_table(*moved, given.scale_R, value_L, level_RL)
+    assert torch.equal(better_RC, twin_RC)
+    assert not torch.equal(better_RC, found[0])
+    widest_R1 = given.weight_RC.abs().amax(1, keepdim=True)
+    scale_RP = widest_R1 * torch.linspace(1, 0.2, 80)
+    for mirrored in (False, True):
+        searched = (given.weight_RC, scale_RP, given.zero_R, 2**bits - 1)
+        best_R = clip_search.best_scale_kernel(
+            *searched, 2.0, mirrored, (value_L, middle_M)
+        )
+        twin_R = table.best_table_scale(*searched[:2], value_L, 2.0, mirrored)
+        assert torch.equal(best_R, twin_R)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (63, 8), (5, 136), (137, 64)])
+@pytest.mark.parametrize("spread", [0.2, 1.0, 5.0])
+def test_lattice_finds_the_codewords_of_its_twin(rows, columns, spread):
+    generator = torch.Generator().manual_seed(rows * columns)
+    wide_RC = spread * torch.randn(rows, columns + 3, generator=generator)
+    target_RC = wide_RC[:, :columns]
+    scale_R = torch.rand(rows, generator=generator) + 0.5
+    found_RC = lattice.round_lattice_kernel(target_RC, scale_R)
+    assert torch.equal(found_RC, lattice.round_lattice(target_RC, scale_R))
+
+
+def test_lattice_blocks_by_the_kernel_are_those_of_the_loops():
+    given = problem(5, 136, 2, "symmetric")
+    scale_R = given.scale_R.abs()
+    level_RL = digit_values() * scale_R[:, None]
+    upper_CC = given.upper_CC.triu(1)
+    rest = (given.weight_RC, upper_CC, scale_R, level_RL)
+    digit_RC, _ = lattice.sweep_lattice_naive(
+        given.target_RC,
+        *rest,
+        lattice._unit_inverses(upper_CC),
+        lattice.round_lattice_kernel,
+    )
+    twin_RC, _ = lattice.sweep_lattice(given.target_RC, *rest)
+    assert float((digit_RC == twin_RC).double().mean()) >= 0.98
 
 
 def test_clip_search_breaks_ties_as_its_twin():
@@ -189,7 +246,7 @@ def test_what_a_kernel_does_not_take_is_refused():
 
 def test_doctor_compares_what_kernels_give(monkeypatch):
     """On the CPU kernel and twin agree; a result that is off must be found."""
-    checks = doctor_kernels._checks("cpu")
+    checks = doctor_kernels.kernel_checks("cpu")
     for check in checks:
         check.require()
     equal, budget = doctor_kernels._equal, doctor_kernels._budget

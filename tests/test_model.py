@@ -11,6 +11,7 @@ from torch.nn.functional import rms_norm
 
 from rsq_stream.algorithm.rotation import make_rotation, rotation_name
 from rsq_stream.errors import UnsupportedModelError
+from rsq_stream.model import rotate
 from rsq_stream.model.architecture import (
     EMBEDDING,
     FAMILIES,
@@ -139,7 +140,7 @@ def test_rotation_turns_all_that_touches_the_stream_and_the_values(family):
     source = toy(family, 96)
     before = block_tensors(source, 0)
     kept = {name: tensor.clone() for name, tensor in before.items()}
-    after = rotation_of(source).block(before)
+    after = rotation_of(source).block(dict(before))
     assert set(after) == set(before)
     for name, tensor in before.items():
         assert torch.equal(tensor, kept[name]), f"{name} was changed in place"
@@ -270,3 +271,18 @@ def test_refusals(change, message):
     with pytest.raises(UnsupportedModelError) as caught:
         read_architecture(LLAMA | change, "there")
     assert str(caught.value) == f"there: {message}"
+
+
+@pytest.mark.parametrize("length", [1, 7, 63])
+def test_a_rotation_in_parts_is_the_same(monkeypatch, length):
+    """As on a GPU, where a whole linear beside its rotation would be too much."""
+    source = toy("llama", 96)
+    rotation, before = rotation_of(source), block_tensors(source, 0)
+    whole = rotation.block(dict(before))
+    monkeypatch.setattr(rotate, "_part_length", lambda *_: length)
+    own = {name: tensor.clone() for name, tensor in before.items()}
+    parts = rotation.block(own)
+    assert own == {}
+    assert parts.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-6)

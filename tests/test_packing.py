@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rsq_stream.algorithm.grid import Grid, decode
-from rsq_stream.algorithm.packing import pack, packed_words, unpack
+from rsq_stream.algorithm.packing import (
+    pack,
+    pack_naive,
+    packed_words,
+    unpack,
+    unpack_naive,
+)
 from rsq_stream.algorithm.solver import Solution, round_to_nearest
-from rsq_stream.errors import UnsupportedModelError
+from rsq_stream.errors import KernelError, UnsupportedModelError
 from rsq_stream.format_config import quantization_config, schemes_of
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.ops.pool import Pool
@@ -66,6 +72,14 @@ def test_unpack_undoes_pack_and_the_words_are_the_stream(drawn):
     for words, codes in zip(word_OW, rows, strict=True):
         assert words.numpy().astype("<i4").tobytes() == stream_of(codes, bits)
     assert torch.equal(unpack(word_OW, bits, len(rows[0])), code_OI)
+    assert torch.equal(pack_naive(code_OI, bits), word_OW)
+    assert torch.equal(unpack_naive(word_OW, bits, len(rows[0])), code_OI)
+
+
+@pytest.mark.parametrize(("codes", "words"), [(33, 3), (33, 5), (1, 0)])
+def test_unpack_refuses_rows_of_another_length(codes, words):
+    with pytest.raises(KernelError, match=rf"^unpack: {codes} codes of 3 bits are"):
+        unpack(torch.zeros(2, words, dtype=torch.int32), 3, codes)
 
 
 def random_codes(rows: int, width: int, bits: int) -> Tensor:

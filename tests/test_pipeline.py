@@ -89,7 +89,7 @@ def test_the_budget_decides_what_stays_in_memory_and_no_byte(
     resident: int,
 ) -> None:
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr("rsq_stream.planner.psutil.Process", lambda: process)
+    monkeypatch.setattr("rsq_stream.memory_fit.psutil.Process", lambda: process)
     plan, _ = plan_toy(toy, **ROUNDED)
     free = execution_for(toy, plan, options_for(tmp_path / "out"))
     assert free.resident_units == 3
@@ -102,7 +102,7 @@ def test_the_budget_decides_what_stays_in_memory_and_no_byte(
 
 
 def test_a_budget_that_cannot_do_is_refused(toy: Path, tmp_path: Path) -> None:
-    message = r"^--ram 0.00GiB is too little: this model needs \d\.\d\dGiB for one"
+    message = r"^--ram 0.00GiB is too little: this model needs \d\.\d\dGiB with one"
     with pytest.raises(BudgetError, match=message):
         run_toy(toy, tmp_path / "out", options={"ram_bytes": 1000})
     assert list(tmp_path.iterdir()) == []

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsq_stream import source
+from rsq_stream import row_chunks
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import CheckpointError, DamagedError, Interrupted, OutputError
 from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.planner import inspect_checkpoint, plan_execution
-from rsq_stream.source import CHUNK_BYTES, chunk_rows
+from rsq_stream.row_chunks import CHUNK_BYTES, chunk_rows
 from rsq_stream.storage import steps
 from rsq_stream.storage.shards import SINGLE, Checkpoint
 from rsq_stream.storage.writer import OutputTensor, ShardWriter, lay_out
@@ -52,7 +52,7 @@ TOY: dict[str, Any] = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 rows, whatever the width: four of a toy's vocabulary, and 9 rows."""
-    monkeypatch.setattr(source, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)
 
 
 def test_a_chunk_is_whole_words_of_codes_and_of_a_fixed_size() -> None:
@@ -101,7 +101,7 @@ def test_chunks_decide_no_byte(
             yield chunk
 
     monkeypatch.setattr(Checkpoint, "read_chunks", counted)
-    monkeypatch.setattr(source, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)
     run_toy(folder, tmp_path / "chunks", **RUN | settings)
     assert read == [32, 32, 32, 32, 9] * 2
     assert contents(tmp_path / "chunks") == contents(tmp_path / "whole")
@@ -218,7 +218,7 @@ VOCABULARY, WIDTH = 60_000, 512
 def child() -> None:
     """Quantize a small toy, then one with a large vocabulary; says what that adds."""
     folder = Path(sys.argv[1])
-    source.CHUNK_BYTES = 1 << 20
+    row_chunks.CHUNK_BYTES = 1 << 20
     peaks = []
     for name in ("small", "large"):
         run_toy(folder / name, folder / f"{name}-out", head_bits=8, **RUN)

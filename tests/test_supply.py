@@ -18,8 +18,9 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import CheckpointError, Interrupted, UsageError
 from rsq_stream.events import BlockFinished, Event, Listener, ignore
 from rsq_stream.execution import RunOptions
-from rsq_stream.pipeline import RunSummary, quantize
+from rsq_stream.pipeline import quantize
 from rsq_stream.planner import inspect_checkpoint, plan_execution
+from rsq_stream.run_summary import RunSummary
 from rsq_stream.storage import files
 from rsq_stream.storage.files import HubFiles, read_header
 from rsq_stream.storage.shards import Checkpoint

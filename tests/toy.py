@@ -24,8 +24,9 @@ from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.format_config import schemes_of
 from rsq_stream.model.architecture import FAMILIES, LINEARS, block_prefix
 from rsq_stream.packed_format import decode_linear
-from rsq_stream.pipeline import RunSummary, quantize
+from rsq_stream.pipeline import quantize
 from rsq_stream.planner import inspect_checkpoint, plan_execution
+from rsq_stream.run_summary import RunSummary
 from rsq_stream.settings import Settings, make_plan
 from rsq_stream.storage.files import FolderFiles
 from rsq_stream.storage.shards import Checkpoint

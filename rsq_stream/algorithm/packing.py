@@ -9,7 +9,13 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from rsq_stream.ops.bit_stream import pack_kernel, unpack_kernel
+from rsq_stream.errors import KernelError
+from rsq_stream.ops.bit_stream import (
+    pack_kernel,
+    pack_rows,
+    unpack_kernel,
+    unpack_rows,
+)
 
 _WORD = 32
 
@@ -23,7 +29,7 @@ def pack(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]:
     """Pack each row; codes must be below 2**bits. ``[[1, 2, 3]]`` at 2 bits is 57."""
     if code_OI.is_cuda:
         return pack_kernel(code_OI, bits)
-    return pack_naive(code_OI, bits)
+    return pack_rows(code_OI, bits)
 
 
 def pack_naive(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]:
@@ -46,10 +52,22 @@ def pack_naive(code_OI: UInt8[Tensor, "O I"], bits: int) -> Int32[Tensor, "O W"]
 def unpack(
     word_OW: Int32[Tensor, "O W"], bits: int, codes: int
 ) -> UInt8[Tensor, "O I"]:
-    """Undo ``pack``: give ``codes`` codes per row."""
+    """Undo ``pack``: give ``codes`` codes per row.
+
+    Raises
+    ------
+    KernelError
+        The rows have another number of words than so many codes take.
+    """
+    words = packed_words(codes, bits)
+    if word_OW.shape[1] != words:
+        raise KernelError(
+            f"unpack: {codes} codes of {bits} bits are {words} words a row, not"
+            f" {word_OW.shape[1]}"
+        )
     if word_OW.is_cuda:
         return unpack_kernel(word_OW, bits, codes)
-    return unpack_naive(word_OW, bits, codes)
+    return unpack_rows(word_OW, bits, codes)
 
 
 def unpack_naive(

@@ -66,14 +66,15 @@ class Drift:
         """Compute W' - W = share G (H + lambda I)^-1 with the solver's factor.
 
         H + lambda I = U D U^T, so it is two triangular solves a row: rows are
-        independent. W is in the model's order, W' in the Hessian's.
+        independent. W is in the model's order, W' in the Hessian's. W may lie in host
+        memory, as W' - W then does: only tiles of rows go to where the factor is.
         """
         upper_II = factor.matrix_II
 
         def one(rows: tuple[Tensor, Tensor]) -> Tensor:
             weight_RI, drift_RI = rows
             if self.shared:
-                drift_RI = weight_RI @ self.matrix_RI
+                drift_RI = weight_RI.to(upper_II.device) @ self.matrix_RI
             half_RI = torch.linalg.solve_triangular(
                 upper_II.T, drift_RI, upper=False, left=False, unitriangular=True
             )
@@ -85,7 +86,7 @@ class Drift:
                 unitriangular=True,
             )
             step_RI: Tensor = share * whole_RI
-            return step_RI
+            return step_RI.to(weight_RI.device)
 
         own_OI = weight_OI if self.shared else self.matrix_RI
         parts = zip(weight_OI.split(tile_rows), own_OI.split(tile_rows), strict=True)

@@ -10,7 +10,6 @@ Rows are independent: a tile of rows goes through all columns by itself (``tile.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
-from rsq_stream.algorithm.tile import solve_tile
+from rsq_stream.algorithm.tile import Tile, solve_tile
 from rsq_stream.ops.pool import Pool
 
 
@@ -55,16 +54,22 @@ def solve(
     reaches it; otherwise on the weights. ``sweeps`` passes of coordinate descent and
     a ``refit`` of the scales follow (``polish.py``). Where the loss exceeds that of
     rounding with the same scales, the rounded codes are kept.
+
+    The weights may lie in host memory: tile by tile they go to where the factor is.
     """
-    solve_one = partial(
-        solve_tile,
-        factor=factor,
-        grid=grid,
-        group_size=group_size,
-        dynamic_scales=dynamic_scales,
-        sweeps=sweeps,
-        refit=refit,
-    )
+    device = factor.matrix_II.device
+
+    def solve_one(weight_RI: Tensor) -> Tile:
+        return solve_tile(
+            weight_RI.to(device),
+            factor=factor,
+            grid=grid,
+            group_size=group_size,
+            dynamic_scales=dynamic_scales,
+            sweeps=sweeps,
+            refit=refit,
+        )
+
     tiles = pool.map(solve_one, weight_OI.split(tile_rows))
     solved, rounded, energy = torch.stack([tile.losses for tile in tiles]).sum(0)
     kept_rounding = bool(solved > rounded)

@@ -16,6 +16,9 @@ from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.polish import Polish
 
+_COLUMNS = 2048
+"""Columns that are rounded again at a time; a multiple of any lattice's width."""
+
 
 @dataclass
 class Tile:
@@ -65,9 +68,7 @@ def solve_tile(
         polish.run(sweeps, refit=refit)
     if sweeps or refit or grid.trials:
         # Rounding is compared with the scales that are kept.
-        made.nearest_RI, made.nearest_error_RI = _rounded(
-            weight_RI, made.scale_RG, made.zero_RG, grid
-        )
+        _round_again(weight_RI, made, grid)
     losses = [
         weighted_loss(part_RI, factor)
         for part_RI in (made.error_RI, made.nearest_error_RI, weight_RI)
@@ -162,17 +163,28 @@ def _sweep_tile(
     )
 
 
-def _rounded(
-    weight_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor]:
-    """Give the codes of plain rounding with given scales, and their errors."""
-    scale_RI, zero_RI = (
-        part_RG.repeat_interleave(weight_RI.shape[1] // part_RG.shape[1], dim=1)
-        for part_RG in (scale_RG, zero_RG)
-    )
-    code_RI = grid.codes(weight_RI, scale_RI, zero_RI)
-    error_RI = weight_RI - grid.rounded(grid.units(code_RI, zero_RI) * scale_RI)
-    return code_RI.to(torch.uint8), error_RI
+def _round_again(weight_RI: Tensor, made: _Swept, grid: Grid) -> None:
+    """Replace the codes of plain rounding by those with the scales that are kept.
+
+    Some columns at a time: on a GPU a tile is large, and each step of this a copy.
+    """
+    inputs, groups = weight_RI.shape[1], made.scale_RG.shape[1]
+    size = inputs // groups
+    step = size * max(1, _COLUMNS // size) if groups > 1 else _COLUMNS
+    for start in range(0, inputs, step):
+        columns = slice(start, min(start + step, inputs))
+        own = slice(start // size, -(-columns.stop // size))
+        width = (columns.stop - start) // (own.stop - own.start)
+        scale_RC, zero_RC = (
+            part_RG[:, own].repeat_interleave(width, dim=1)
+            for part_RG in (made.scale_RG, made.zero_RG)
+        )
+        weight_RC = weight_RI[:, columns]
+        code_RC = grid.codes(weight_RC, scale_RC, zero_RC)
+        made.nearest_RI[:, columns] = code_RC.to(torch.uint8)
+        made.nearest_error_RI[:, columns] = weight_RC - grid.rounded(
+            grid.units(code_RC, zero_RC) * scale_RC
+        )
 
 
 def _current(weight_RC: Tensor, target_RC: Tensor, unit_CC: Tensor) -> Tensor:

@@ -60,11 +60,14 @@ def _cluster_distance(x_TD: Tensor) -> Tensor:
     count = max(1, min(CLUSTERS, tokens // 8))
     start_C = torch.arange(count, device=x_TD.device) * tokens // count
     centre_CD = x_TD[start_C].clone()
+    before_T = torch.full_like(x_TD[:, 0], -1).long()
     for _ in range(CLUSTER_STEPS):
+        nearest_T = _distances(x_TD, centre_CD).argmin(1)
+        if torch.equal(nearest_T, before_T):
+            break  # all further steps would find the same centres
+        before_T = nearest_T
         # One product per step, not a sum of scattered rows: the same bits each time.
-        member_TC = torch.nn.functional.one_hot(
-            _distances(x_TD, centre_CD).argmin(1), count
-        ).float()
+        member_TC = torch.nn.functional.one_hot(nearest_T, count).float()
         size_C = member_TC.sum(0)
         mean_CD = (member_TC.T @ x_TD) / size_C.clamp(min=1)[:, None]
         centre_CD = torch.where(size_C[:, None] > 0, mean_CD, centre_CD)

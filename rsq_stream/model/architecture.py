@@ -160,6 +160,11 @@ def block_prefix(block: int) -> str:
     return f"model.layers.{block}."
 
 
+def role(linear: str) -> str:
+    """Give what a linear is in its block: ``q`` of ``self_attn.q_proj``."""
+    return linear.rpartition(".")[2].removesuffix("_proj")
+
+
 def block_of(name: str) -> int | None:
     """Give the block that a tensor of the checkpoint belongs to; None outside."""
     found = _IN_BLOCK.match(name)

@@ -8,11 +8,13 @@ applied to c and u,
     a = norm1(x);  c = attention(q(a), k(a), v(a));  h = x + o(c)
     m = norm2(h);  u = act(gate(m)) * up(m);         x' = h + down(u)
 
-The inputs of linears (a, c, m, u), and K and V, may be rounded on their way.
+The inputs of linears (a, c, m, u), and K and V, may be rounded on their way. Weights
+of linears may lie in host memory while the block computes on a GPU.
 """
 
 import importlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,11 +89,15 @@ class Block:
             layer = transformers_class(family, "DecoderLayer")(config, index)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         layer.requires_grad_(requires_grad=False)
+        # Where these are is where the block computes; large weights may lie elsewhere.
+        self._place: Tensor = layer.input_layernorm.weight
         self._linears: dict[str, nn.Linear] = {
             name: module
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         }
+        for module in self._linears.values():
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
         self._attention_norm: nn.Module = layer.input_layernorm
         self._mlp_norm: nn.Module = layer.post_attention_layernorm
         self._attention: nn.Module = layer.self_attn
@@ -105,10 +111,10 @@ class Block:
     @property
     def device(self) -> torch.device:
         """Where the block computes."""
-        return next(iter(self._linears.values())).weight.device
+        return self._place.device
 
     def weight(self, linear: str) -> Float[Tensor, "O I"]:
-        """Give the weight of a linear as it is now."""
+        """Give the weight of a linear as it is now, where it lies."""
         return self._linears[linear].weight
 
     def replace_weight(self, linear: str, weight_OI: Float[Tensor, "O I"]) -> None:
@@ -168,3 +174,8 @@ class Block:
             **options,
         )
         return output
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """Compute W x + b; a weight that lies in host memory is fetched for this once."""
+    return nn.functional.linear(x, module.weight.to(x.device), module.bias)

@@ -20,6 +20,7 @@ from rsq_stream.ops.launch import (
     chunks_of,
     launch,
     output,
+    tabled,
 )
 from rsq_stream.ops.library import Kernel
 
@@ -61,20 +62,26 @@ def best_scale_kernel(
     top: int,
     exponent: float,
     mirrored: bool,
+    table: tuple[Float[Tensor, "L"], Float[Tensor, "M"]] | None = None,
 ) -> Int[Tensor, "R"]:
-    """Do the same with ``kernels/clip_search.cu``; at most 256 candidates."""
+    """Do the same with ``kernels/clip_search.cu``; at most 256 candidates.
+
+    With a table's values and their midpoints, levels are those (``table.py``).
+    """
     rows, columns = target_RC.shape
     candidates = scale_RP.shape[1]
     target_RC = by_rows(target_RC)
     best_R = output((rows,), torch.int64, target_RC.device)
     defines = chunks_of("clip search", "candidates", candidates)
     launch(
-        Kernel("clip_search", "clip_search", defines),
+        Kernel("clip_search", "clip_search", (*defines, *tabled(table))),
         (-(-rows // ROWS_PER_BLOCK), 1, 1),
         ROWS_PER_BLOCK * WARP,
         (
             *(target_RC, target_RC.stride(0)),
-            *(scale_RP.contiguous(), zero_R.contiguous(), best_R),
+            *(scale_RP.contiguous(), zero_R.contiguous()),
+            *((0, 0) if table is None else (part.contiguous() for part in table)),
+            best_R,
             *(rows, columns, candidates, top, float(exponent), int(mirrored)),
         ),
     )

@@ -20,6 +20,7 @@ from rsq_stream.ops.launch import (
     chunks_of,
     launch,
     output,
+    tabled,
 )
 from rsq_stream.ops.library import Kernel
 
@@ -60,13 +61,18 @@ def descend_kernel(
     scale_R: Float[Tensor, "R"],
     zero_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
+    middle_M: Float[Tensor, "M"] | None = None,
 ) -> UInt8[Tensor, "R C"]:
-    """Do the same with ``kernels/descent.cu``; at most 256 columns."""
+    """Do the same with ``kernels/descent.cu``; at most 256 columns.
+
+    With the midpoints of a table, codes are by it (``table.py``).
+    """
     rows, columns = code_RC.shape
     code_RC, pull_RC, hessian_CC = map(by_rows, (code_RC, pull_RC, hessian_CC))
+    chunks = chunks_of("descent", "columns", columns)
     better_RC = output((rows, columns), torch.uint8, code_RC.device)
     launch(
-        Kernel("descent", "descent", chunks_of("descent", "columns", columns)),
+        Kernel("descent", "descent", (*chunks, *tabled(middle_M))),
         (-(-rows // ROWS_PER_BLOCK), 1, 1),
         ROWS_PER_BLOCK * WARP,
         (
@@ -74,6 +80,7 @@ def descend_kernel(
             *(pull_RC, pull_RC.stride(0)),
             *(hessian_CC, hessian_CC.stride(0)),
             *(scale_R.contiguous(), zero_R.contiguous(), level_RL.contiguous()),
+            0 if middle_M is None else middle_M.contiguous(),
             *(better_RC, rows, columns, level_RL.shape[1]),
         ),
     )

@@ -4,6 +4,8 @@ Codes are digits of ``codebook.py``, one a weight, each run of 8 a codeword; a s
 row. ``level_RL`` is what each digit decodes to, rounded as it will be when loaded.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -21,7 +23,12 @@ from rsq_stream.ops.lattice_loops import (
     row_errors,
     sweep_rows,
 )
+from rsq_stream.ops.launch import by_rows, launch, output
+from rsq_stream.ops.library import Kernel
 
+Round = Callable[[Tensor, Tensor], Tensor]
+"""What rounds vectors to codewords: a twin, or the kernel."""
+_THREADS = 128
 _CHUNK = 4096
 """Vectors that the plain search has in hand at a time."""
 
@@ -31,13 +38,34 @@ def round_lattice(
 ) -> UInt8[Tensor, "R C"]:
     """Give the digits of the codewords nearest to target / scale."""
     if target_RC.is_cuda:
-        return round_lattice_naive(target_RC, scale_R)
+        return round_lattice_kernel(target_RC, scale_R)
     digit_RC = torch.empty(target_RC.shape, dtype=torch.uint8)
     round_rows(
         target_RC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
         halves(),
         digit_RC.numpy(),
+    )
+    return digit_RC
+
+
+def round_lattice_kernel(
+    target_RC: Float[Tensor, "R C"], scale_R: Float[Tensor, "R"]
+) -> UInt8[Tensor, "R C"]:
+    """Do the same with ``kernels/lattice.cu``."""
+    rows, columns = target_RC.shape
+    target_RC = by_rows(target_RC)
+    half_P3 = torch.from_numpy(halves()).to(target_RC.device)
+    digit_RC = output((rows, columns), torch.uint8, target_RC.device)
+    launch(
+        Kernel("lattice", "lattice"),
+        (-(-rows * (columns // WIDTH) // _THREADS), 1, 1),
+        _THREADS,
+        (
+            *(target_RC, target_RC.stride(0)),
+            *(scale_R.contiguous(), half_P3, digit_RC),
+            *(rows, columns, len(half_P3)),
+        ),
     )
     return digit_RC
 
@@ -82,7 +110,7 @@ def rounding_errors(
 ) -> Float[Tensor, "R P"]:
     """Sum each row's squared errors of rounding, for each candidate scale."""
     if target_RC.is_cuda:
-        return rounding_errors_naive(target_RC, scale_RP)
+        return rounding_errors_naive(target_RC, scale_RP, round_lattice)
     error_RP = torch.empty_like(scale_RP, memory_format=torch.contiguous_format)
     row_errors(
         target_RC.contiguous().numpy(),
@@ -94,13 +122,15 @@ def rounding_errors(
 
 
 def rounding_errors_naive(
-    target_RC: Float[Tensor, "R C"], scale_RP: Float[Tensor, "R P"]
+    target_RC: Float[Tensor, "R C"],
+    scale_RP: Float[Tensor, "R P"],
+    rounded: Round = round_lattice_naive,
 ) -> Float[Tensor, "R P"]:
     """Do the same, candidate by candidate, on any device."""
     value_L = digit_values().to(target_RC)
     errors = []
     for scale_R in scale_RP.T:
-        digit_RC = round_lattice_naive(target_RC, scale_R)
+        digit_RC = rounded(target_RC, scale_R)
         error_RC = target_RC - value_L[digit_RC.long()] * scale_R[:, None]
         errors.append(error_RC.square().sum(1))
     return torch.stack(errors, dim=1)
@@ -122,7 +152,7 @@ def sweep_lattice(
     unit_BCC = _unit_inverses(upper_CC)
     if target_RC.is_cuda:
         return sweep_lattice_naive(
-            target_RC, weight_RC, upper_CC, scale_R, level_RL, unit_BCC
+            target_RC, weight_RC, upper_CC, scale_R, level_RL, unit_BCC, round_lattice
         )
     digit_RC = torch.empty(target_RC.shape, dtype=torch.uint8)
     error_RC = torch.empty(target_RC.shape, dtype=torch.float32)
@@ -147,6 +177,7 @@ def sweep_lattice_naive(
     scale_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
     unit_BCC: Tensor,
+    rounded: Round = round_lattice_naive,
 ) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
     """Do the same block by block, all rows at once, on any device."""
     target_RC = target_RC.clone()
@@ -156,7 +187,7 @@ def sweep_lattice_naive(
         end = WIDTH * (number + 1)
         own = slice(end - WIDTH, end)
         owed_RC = (target_RC[:, own] - weight_RC[:, own]) @ unit_CC
-        digit_RC[:, own] = round_lattice_naive(weight_RC[:, own] + owed_RC, scale_R)
+        digit_RC[:, own] = rounded(weight_RC[:, own] + owed_RC, scale_R)
         error_RC[:, own] = weight_RC[:, own] - level_RL.gather(
             1, digit_RC[:, own].long()
         )
@@ -197,7 +228,8 @@ def descend_lattice(
     solved_BCC = torch.linalg.inv(_tiles(hessian_CC).double()).float().contiguous()
     if digit_RC.is_cuda:
         return descend_lattice_naive(
-            digit_RC, pull_RC, hessian_CC, scale_R, level_RL, solved_BCC
+            *(digit_RC, pull_RC, hessian_CC, scale_R, level_RL, solved_BCC),
+            round_lattice,
         )
     made_RC = digit_RC.contiguous().clone()
     descend_rows(
@@ -219,6 +251,7 @@ def descend_lattice_naive(
     scale_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
     solved_BCC: Tensor,
+    rounded: Round = round_lattice_naive,
 ) -> UInt8[Tensor, "R C"]:
     """Do the same block by block, all rows at once, on any device."""
     digit_RC, pull_RC = digit_RC.clone(), pull_RC.clone()
@@ -227,7 +260,7 @@ def descend_lattice_naive(
         own = slice(end - WIDTH, end)
         before_RC = level_RL.gather(1, digit_RC[:, own].long())
         best_RC = before_RC + pull_RC[:, own] @ solved_CC
-        moved_RC = round_lattice_naive(best_RC, scale_R)
+        moved_RC = rounded(best_RC, scale_R)
         step_RC = level_RL.gather(1, moved_RC.long()) - before_RC
         bent_RC = step_RC @ hessian_CC[own, own]
         better_R1 = (step_RC * (2 * pull_RC[:, own] - bent_RC)).sum(1)[:, None] > 0

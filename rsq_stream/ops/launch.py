@@ -107,6 +107,11 @@ def chunks_of(kernel: str, what: str, count: int) -> tuple[str, ...]:
     return (f"CHUNKS={-(-count // WARP)}",)
 
 
+def tabled(table: object | None) -> tuple[str, ...]:
+    """Say whether codes stand for a table's values, not for whole numbers."""
+    return () if table is None else ("TABLE",)
+
+
 def check_grid(kernel: Kernel, grid: Grid) -> None:
     """Refuse a grid that no device takes."""
     if any(size > limit for size, limit in zip(grid, _GRID_LIMIT, strict=True)):

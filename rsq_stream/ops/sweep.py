@@ -19,6 +19,7 @@ from rsq_stream.ops.launch import (
     chunks_of,
     launch,
     output,
+    tabled,
 )
 from rsq_stream.ops.library import Kernel
 
@@ -77,14 +78,19 @@ def sweep_kernel(
     scale_R: Float[Tensor, "R"],
     zero_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
+    middle_M: Float[Tensor, "M"] | None = None,
 ) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
-    """Do the same with ``kernels/sweep.cu``; at most 256 columns."""
+    """Do the same with ``kernels/sweep.cu``; at most 256 columns.
+
+    With the midpoints of a table, codes are by it (``table.py``).
+    """
     rows, columns = target_RC.shape
     target_RC, weight_RC, upper_CC = map(by_rows, (target_RC, weight_RC, upper_CC))
+    chunks = chunks_of("sweep", "columns", columns)
     code_RC = output((rows, columns), torch.uint8, target_RC.device)
     error_RC = output((rows, columns), torch.float32, target_RC.device)
     launch(
-        Kernel("sweep", "sweep", chunks_of("sweep", "columns", columns)),
+        Kernel("sweep", "sweep", (*chunks, *tabled(middle_M))),
         (-(-rows // ROWS_PER_BLOCK), 1, 1),
         ROWS_PER_BLOCK * WARP,
         (
@@ -92,6 +98,7 @@ def sweep_kernel(
             *(weight_RC, weight_RC.stride(0)),
             *(upper_CC, upper_CC.stride(0)),
             *(scale_R.contiguous(), zero_R.contiguous(), level_RL.contiguous()),
+            0 if middle_M is None else middle_M.contiguous(),
             *(code_RC, error_RC),
             *(rows, columns, level_RL.shape[1]),
         ),

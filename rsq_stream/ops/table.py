@@ -5,13 +5,19 @@ the midpoints between neighbours: the code of x is the number of midpoints below
 table has 2**bits values, so that takes ``bits`` comparisons.
 """
 
-from typing import no_type_check
-
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+from rsq_stream.ops.clip_search import best_scale_kernel
+from rsq_stream.ops.descent import descend_kernel
+from rsq_stream.ops.sweep import sweep_kernel
+from rsq_stream.ops.table_loops import (
+    best_table_scales,
+    descend_table_columns,
+    sweep_table_columns,
+)
 
 
 def nearest_code(value: Tensor, middle_M: Float[Tensor, "M"]) -> Tensor:
@@ -32,9 +38,17 @@ def best_table_scale(
     upright table before the mirrored one. ``scale_RP`` is positive.
     """
     if target_RC.is_cuda:
-        return best_table_scale_naive(target_RC, scale_RP, value_L, exponent, mirrored)
+        return best_scale_kernel(
+            target_RC,
+            scale_RP,
+            torch.zeros_like(scale_RP[:, 0]),
+            len(value_L) - 1,
+            exponent,
+            mirrored,
+            (value_L, middles(value_L)),
+        )
     best_R = torch.empty(target_RC.shape[0], dtype=torch.int64)
-    _best_scale(
+    best_table_scales(
         target_RC.contiguous().numpy(),
         scale_RP.contiguous().numpy(),
         value_L.numpy(),
@@ -82,13 +96,19 @@ def sweep_table(
 ) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
     """Quantize a block of columns left to right, as ``ops/sweep.py`` does."""
     if target_RC.is_cuda:
-        return sweep_table_naive(
-            target_RC, weight_RC, upper_CC, scale_R, value_L, level_RL
+        return sweep_kernel(
+            target_RC,
+            weight_RC,
+            upper_CC,
+            scale_R,
+            torch.zeros_like(scale_R),
+            level_RL,
+            middles(value_L),
         )
     target_CR = target_RC.T.contiguous().numpy().copy()
     code_CR = np.empty(target_CR.shape, dtype=np.uint8)
     error_CR = np.empty(target_CR.shape, dtype=np.float32)
-    _sweep(
+    sweep_table_columns(
         target_CR,
         weight_RC.T.contiguous().numpy(),
         upper_CC.contiguous().numpy(),
@@ -133,11 +153,17 @@ def descend_table(
 ) -> UInt8[Tensor, "R C"]:
     """Give better codes by coordinate descent, as ``ops/descent.py`` does."""
     if code_RC.is_cuda:
-        return descend_table_naive(
-            code_RC, pull_RC, hessian_CC, scale_R, value_L, level_RL
+        return descend_kernel(
+            code_RC,
+            pull_RC,
+            hessian_CC,
+            scale_R,
+            torch.zeros_like(scale_R),
+            level_RL,
+            middles(value_L),
         )
     code_CR = code_RC.T.contiguous().numpy().copy()
-    _descend(
+    descend_table_columns(
         code_CR,
         pull_RC.T.contiguous().numpy().copy(),
         hessian_CC.contiguous().numpy(),
@@ -167,125 +193,3 @@ def descend_table_naive(
         code_RC[:, k] = code_R
         pull_RC[:, k + 1 :] -= step_R[:, None] * hessian_CC[k, k + 1 :]
     return code_RC
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _code_of(  # pragma: no cover - compiled
-    x: np.float32, middle: np.ndarray
-) -> int:
-    # There are 2**bits - 1 midpoints: halve what is left until one code is.
-    code = 0
-    step = (middle.shape[0] + 1) >> 1
-    while step > 0:
-        if x > middle[code + step - 1]:
-            code += step
-        step >>= 1
-    return code
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _sweep(  # pragma: no cover - compiled
-    target: np.ndarray,
-    weight: np.ndarray,
-    upper: np.ndarray,
-    inverse: np.ndarray,
-    middle: np.ndarray,
-    level: np.ndarray,
-    code: np.ndarray,
-    error: np.ndarray,
-) -> None:
-    # Columns lie in rows here: each step is a run along the rows of the linear.
-    columns, rows = target.shape
-    for k in range(columns):
-        for r in range(rows):
-            q = _code_of(target[k, r] * inverse[r], middle)
-            code[k, r] = q
-            error[k, r] = weight[k, r] - level[r, q]
-        for j in range(k + 1, columns):
-            u = upper[k, j]
-            for r in range(rows):
-                target[j, r] += error[k, r] * u
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _descend(  # pragma: no cover - compiled
-    code: np.ndarray,
-    pull: np.ndarray,
-    hessian: np.ndarray,
-    inverse: np.ndarray,
-    middle: np.ndarray,
-    level: np.ndarray,
-) -> None:
-    columns, rows = code.shape
-    step = np.empty(rows, dtype=np.float32)
-    for k in range(columns):
-        weight = np.float32(1.0) / hessian[k, k]
-        for r in range(rows):
-            before = level[r, code[k, r]]
-            q = _code_of((before + pull[k, r] * weight) * inverse[r], middle)
-            code[k, r] = q
-            step[r] = level[r, q] - before
-        for j in range(k + 1, columns):
-            h = hessian[k, j]
-            for r in range(rows):
-                pull[j, r] -= step[r] * h
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _best_scale(  # pragma: no cover - compiled
-    target: np.ndarray,
-    scale: np.ndarray,
-    value: np.ndarray,
-    middle: np.ndarray,
-    exponent: np.float32,
-    mirrored: bool,
-    best: np.ndarray,
-) -> None:
-    candidates = scale.shape[1]
-    signed = np.empty(candidates, dtype=np.float32)
-    inverse = np.empty(candidates, dtype=np.float32)
-    x = np.empty(candidates, dtype=np.float32)
-    nearest = np.empty(candidates, dtype=np.float32)
-    total = np.empty(candidates, dtype=np.float32)
-    half = np.float32(0.5) * exponent
-    squared = exponent == np.float32(2.0)
-    # Up to 4 bits a chain of choices is quicker than a search: it takes vectors.
-    chained = middle.shape[0] <= 15
-    for r in range(target.shape[0]):
-        least = np.float32(np.inf)
-        choice = 0
-        for turn in range(2 if mirrored else 1):
-            for p in range(candidates):
-                signed[p] = scale[r, p] if turn == 0 else -scale[r, p]
-                inverse[p] = np.float32(1.0) / signed[p]
-                total[p] = np.float32(0.0)
-            for c in range(target.shape[1]):
-                t = target[r, c]
-                for p in range(candidates):
-                    x[p] = t * inverse[p]
-                    nearest[p] = value[0]
-                if chained:
-                    for m in range(middle.shape[0]):
-                        bound, above = middle[m], value[m + 1]
-                        for p in range(candidates):
-                            nearest[p] = above if x[p] > bound else nearest[p]
-                else:
-                    for p in range(candidates):
-                        nearest[p] = value[_code_of(x[p], middle)]
-                if squared:
-                    for p in range(candidates):
-                        e = t - signed[p] * nearest[p]
-                        total[p] += e * e
-                else:
-                    for p in range(candidates):
-                        e = t - signed[p] * nearest[p]
-                        total[p] += (e * e) ** half
-            for p in range(candidates):
-                if total[p] < least:
-                    least = total[p]
-                    choice = p if turn == 0 else -1 - p
-        best[r] = choice

@@ -18,40 +18,10 @@ from typing import Any
 
 from rsq_stream.errors import ScratchError
 from rsq_stream.storage import atomic
+from rsq_stream.storage.journal_tables import SCHEMA, TABLES
 from rsq_stream.storage.steps import step
 
 NAME = "journal.sqlite"
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS blocks (
-    block INTEGER PRIMARY KEY, seconds REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS stages (
-    block INTEGER, stage INTEGER, PRIMARY KEY (block, stage));
-CREATE TABLE IF NOT EXISTS chunks (
-    slot TEXT, unit INTEGER, checksum INTEGER NOT NULL, PRIMARY KEY (slot, unit));
-CREATE TABLE IF NOT EXISTS linears (
-    block INTEGER, name TEXT PRIMARY KEY, record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS tensors (name TEXT PRIMARY KEY, checksum INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS shards (
-    name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS source_files (
-    name TEXT PRIMARY KEY, stamp TEXT NOT NULL, sha256 TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS source_tensors (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS digest (id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL);
-"""
-_TABLES = (
-    "run",
-    "blocks",
-    "stages",
-    "chunks",
-    "linears",
-    "tensors",
-    "shards",
-    "source_files",
-    "source_tensors",
-)
-"""What the digest covers: SQLite itself would not notice a flipped bit in a value."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +47,7 @@ class Journal:
             self._database = sqlite3.connect(path, timeout=10)
             self._database.execute("PRAGMA journal_mode = DELETE")
             self._database.execute("PRAGMA synchronous = FULL")
-            self._database.executescript(_SCHEMA)
+            self._database.executescript(SCHEMA)
         self._require_sound()
 
     def _require_sound(self) -> None:
@@ -85,7 +55,7 @@ class Journal:
         kept = self._rows("SELECT sha256 FROM digest")
         with self._explained():
             found = self._digest()
-        empty = not any(self._rows(f"SELECT 1 FROM {name} LIMIT 1") for name in _TABLES)
+        empty = not any(self._rows(f"SELECT 1 FROM {name} LIMIT 1") for name in TABLES)
         if (kept and kept[0][0] != found) or not (kept or empty):
             self.close()
             raise ScratchError(
@@ -96,7 +66,7 @@ class Journal:
     def _digest(self) -> str:
         """Give the sha256 of all rows, in an order that SQLite cannot change."""
         digest = hashlib.sha256()
-        for name in _TABLES:
+        for name in TABLES:
             digest.update(name.encode())
             for row in self._database.execute(f"SELECT * FROM {name} ORDER BY 1, 2"):
                 digest.update(repr(row).encode())
@@ -132,16 +102,22 @@ class Journal:
         linears: Mapping[str, Mapping[str, Any]],
         tensors: Mapping[str, int],
         source: SourceRecord | None = None,
+        timings: Iterable[tuple[str, float, int, int]] = (),
     ) -> None:
         """Commit a block, with the chunks of each slot that now holds its outputs.
 
-        The caller has fsynced the chunks and the tensors before.
+        The caller has fsynced the chunks and the tensors before. ``timings`` are what
+        each stage took: seconds, peak bytes of the host, and of the GPU.
         """
         with self._transaction() as database:
             self._put(block, chunks, linears, tensors, source)
             database.execute("DELETE FROM stages")
             database.execute(
                 "INSERT OR REPLACE INTO blocks VALUES (?, ?)", (block, seconds)
+            )
+            database.executemany(
+                "INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?, ?)",
+                [(block, *made) for made in timings],
             )
 
     def finish_stage(
@@ -250,6 +226,13 @@ class Journal:
         return [
             row[0] for row in self._rows("SELECT seconds FROM blocks ORDER BY block")
         ]
+
+    def timings(self) -> list[tuple[str, float, int, int]]:
+        """Give what each stage of each block took, as ``finish_block`` had it."""
+        return self._rows(
+            "SELECT stage, seconds, host_bytes, device_bytes FROM timings"
+            " ORDER BY block, rowid"
+        )
 
     def chunks(self, slot: str) -> dict[int, int]:
         """Give the checksums of a slot's chunks."""

@@ -1,0 +1,103 @@
+"""What a run is expected to take, beside what it took."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .prepare import Prepared
+from .text import duration, size, table
+
+if TYPE_CHECKING:
+    from rsq_stream.config import QuantizationPlan
+    from rsq_stream.prediction import Prediction
+    from rsq_stream.rates import Rates
+    from rsq_stream.stage_meter import StageTaken
+
+
+def forecast(made: Prepared) -> "Prediction | None":
+    """Predict a run's seconds by what this machine does; None for a card not here."""
+    import torch
+
+    from rsq_stream.planner import inspect_checkpoint
+    from rsq_stream.prediction import predict
+    from rsq_stream.storage.atomic import existing
+
+    options = made.options
+    if options.on_gpu and not torch.cuda.is_available():
+        return None
+    folder = existing(options.work_dir.absolute())
+    rates = _rates(made.plan, options.device, options.workers, folder)
+    architecture = inspect_checkpoint(made.checkpoint)
+    return predict(
+        architecture, made.plan, made.execution, rates, on_gpu=options.on_gpu
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _rates(
+    plan: "QuantizationPlan", device: str, workers: int, folder: Path
+) -> "Rates":
+    import torch
+
+    from rsq_stream.rates import measure_rates
+
+    return measure_rates(plan, torch.device(device), workers, folder)
+
+
+def forecast_rows(found: "Prediction | None") -> dict[str, str]:
+    """Say in one line how long a run will take."""
+    if found is None:
+        return {"time": "not predicted: the card is not here"}
+    return {"time": f"about {duration(found.seconds)}, by what this machine does now"}
+
+
+def compared(
+    made: Prepared, expected: "Prediction | None", taken: Sequence["StageTaken"]
+) -> dict[str, dict[str, Any]]:
+    """Put what each stage was expected to take beside what it took."""
+    from rsq_stream.memory_fit import HOST_OVERHEAD_BYTES
+
+    execution = made.execution
+    memory = {stage.name: stage for stage in execution.stages}
+    always = execution.used_bytes + HOST_OVERHEAD_BYTES + resident_bytes(made)
+    seconds = expected.stages if expected else {}
+    return {
+        stage.name: {
+            "predicted_s": seconds.get(stage.name),
+            "measured_s": stage.seconds,
+            "predicted_host_bytes": always + memory[stage.name].host_bytes,
+            "measured_host_bytes": stage.host_bytes,
+            "predicted_device_bytes": memory[stage.name].device_bytes,
+            "measured_device_bytes": stage.device_bytes,
+        }
+        for stage in taken
+        if stage.name in memory
+    }
+
+
+def resident_bytes(made: Prepared) -> int:
+    """Give what the units take that stay in memory all the time, in all slots."""
+    execution, units = made.execution, made.plan.units
+    if not execution.slots or not units:
+        return 0
+    # Rounded up: the last unit may be smaller than the others.
+    return execution.slots * execution.slot_bytes * execution.resident_units // units
+
+
+def stage_table(made: Prepared, found: dict[str, dict[str, Any]]) -> str:
+    """Write it as a table; memory is that of the GPU, where one computes."""
+    kind = "device" if made.options.on_gpu else "host"
+    rows = [
+        (
+            name,
+            "-" if row["predicted_s"] is None else f"{row['predicted_s']:.1f} s",
+            f"{row['measured_s']:.1f} s",
+            size(row[f"predicted_{kind}_bytes"]),
+            size(row[f"measured_{kind}_bytes"]),
+        )
+        for name, row in found.items()
+    ]
+    memory = "GPU memory" if made.options.on_gpu else "memory"
+    head = ("stage", "predicted", "took", f"{memory} predicted", "peak")
+    return table(head, rows)

@@ -1,0 +1,272 @@
+"""The memory of each stage of a block, from sizes alone: nothing is allocated here.
+
+A block is read and rotated; then each of its four stages makes a pass over the units,
+factorises its Hessian and solves its linears one by one; a last pass writes the
+block's outputs. On a GPU the device holds what is computed with, and the host the
+solver's fp32 weights and the units on their way; elsewhere the host holds all of it.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from rsq_stream.config import QuantizationPlan
+from rsq_stream.execution import StageMemory
+from rsq_stream.model.architecture import (
+    EMBEDDING,
+    LINEARS,
+    STAGES,
+    Architecture,
+    Stage,
+    role,
+)
+from rsq_stream.row_chunks import chunk_rows
+from rsq_stream.schemes import HEAD_LINEAR
+
+FP32 = 4
+QUERIES = 128
+"""Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
+PART_BYTES = FP32 << 26
+"""What a GPU rotates at a time (``model/rotate.py``)."""
+CHUNK_COPIES, ROUNDED_CHUNK_COPIES = 7, 18
+"""Chunks in fp32 that rotating rows of the head takes, and rounding them; 6.5 and 17
+seen."""
+ROTATION_COPIES = 4
+"""A rotation's argument, that with its signs, its result, and one in between."""
+TILE_COPIES = 6
+"""fp32 copies of a tile of rows in the solver: weights, errors, those of rounding, and
+what refit and correction put beside them."""
+STATISTICS_ROWS = 2048
+"""Rows of a 16-bit weight in fp32 at a time (``stage_statistics.py``)."""
+DECODED_WIDTH = 5 * FP32
+"""Bytes of a code while it is decoded or packed."""
+DECODED_BYTES = DECODED_WIDTH << 24
+"""As much at a time (``block_solver.py``; packing takes fewer)."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A plan on a device, with so many units in flight: what each stage takes."""
+
+    architecture: Architecture
+    plan: QuantizationPlan
+    source_type: torch.dtype
+    in_flight: int
+    workers: int
+    on_gpu: bool
+    streams_weights: bool = False
+    """On a GPU, a block's linears lie in host memory, and are fetched for each use."""
+
+    def stages(self) -> tuple[StageMemory, ...]:
+        """Give all stages, in their order."""
+        found = [self._outside(), self._reading()]
+        if not self.plan.needs_calibration:
+            return (*found, self._rounding())
+        solved: list[str] = []
+        for number, stage in enumerate(STAGES):
+            found.append(self._pass(number, stage, solved))
+            found.append(self._factorising(stage, solved))
+            for linear in stage.linears:
+                found.append(self._solving(stage, linear, solved))
+                solved.append(linear)
+        found.append(self._outputs(solved))
+        return tuple(found)
+
+    def _made(self, name: str, device: int, host: int) -> StageMemory:
+        """Put a stage together; without a GPU the host has the device's part too."""
+        if self.on_gpu:
+            return StageMemory(name, device, host)
+        return StageMemory(name, 0, device + host)
+
+    def _outside(self) -> StageMemory:
+        """Count a chunk of embedding or head on its way to the output."""
+        vocabulary, width = self.architecture.outer_shapes()[EMBEDDING]
+        kept = self.plan.scheme(HEAD_LINEAR, width) is None
+        copies = CHUNK_COPIES if kept else ROUNDED_CHUNK_COPIES
+        chunk = FP32 * min(vocabulary, chunk_rows(width)) * width
+        return self._made("embedding and head", 0, copies * chunk)
+
+    def _reading(self) -> StageMemory:
+        """Count a block as stored, in fp32, and what a linear's rotation takes."""
+        largest = max(self._entries(name) for name in LINEARS)
+        stored = self.source_type.itemsize * self._block_entries
+        whole = FP32 * self._block_entries
+        rotation = 0
+        if self.plan.residual_rotation != "none":
+            part = min(FP32 * largest, PART_BYTES) if self.on_gpu else FP32 * largest
+            rotation = ROTATION_COPIES * part
+        rotation = max(rotation, self.source_type.itemsize * largest)
+        return self._made("read and rotate", whole + rotation, stored)
+
+    def _rounding(self) -> StageMemory:
+        """Count for rounding alone the block in fp32, and a linear's errors in fp64."""
+        largest = max(self._entries(name) for name in LINEARS)
+        device = FP32 * self._block_entries + (2 * FP32 + 3 * 8) * largest
+        return self._made("round", device, 0)
+
+    def _pass(self, number: int, stage: Stage, solved: list[str]) -> StageMemory:
+        """Count the stage's statistics, and units on their way through the block."""
+        plan, tokens = self.plan, self._unit_tokens
+        inputs, outputs = self._inputs(stage), self._outputs_of(stage)
+        held = self._compute_size * tokens * inputs
+        through, errors = self._forward(number), 0
+        both = plan.streams * held
+        if plan.streams > 1:
+            errors = FP32 * tokens * (outputs if len(stage.linears) == 1 else inputs)
+            # Both inputs in fp32 and their difference, after the last forward pass.
+            parts = 3 * FP32 * tokens * inputs + errors
+            if self.on_gpu:  # W in fp32, some rows at a time
+                parts += 2 * FP32 * min(STATISTICS_ROWS, outputs) * inputs
+            through = max(through, parts)
+        panel = min(plan.hessian_panel, inputs)
+        product = FP32 * panel * (inputs + tokens) * 2
+        if not self.on_gpu:
+            product = FP32 * panel * tokens
+        concurrent = min(self.workers, self.in_flight)
+        device = (
+            self._weights(solved)
+            + self._statistics(stage)
+            + self.in_flight * (held + errors)
+            + concurrent * max(both + through, product)
+        )
+        host = self._solver_weights(solved) + self._host_units()
+        return self._made(f"{stage.name}: pass", device, host)
+
+    def _factorising(self, stage: Stage, solved: list[str]) -> StageMemory:
+        """Count H, which becomes its factor in place, and its diagonal tiles."""
+        inputs = self._inputs(stage)
+        device = self._weights(solved, used=False) + self._statistics(stage)
+        device += 3 * FP32 * self.plan.tile_columns * inputs
+        if self.plan.act_order:  # its other half, and columns in another order
+            device += 3 * FP32 * inputs * inputs
+        host = self._solver_weights(solved)
+        return self._made(f"{stage.name}: factorise", device, host)
+
+    def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
+        """Count tiles of rows, factor and drift, codes, target and correction."""
+        plan, (outputs, inputs) = self.plan, self.architecture.linear_shape(linear)
+        tiles = -(-outputs // plan.tile_rows)
+        concurrent = min(self.workers, tiles)
+        rows = min(outputs, plan.tile_rows)
+        whole = outputs * inputs
+        tile = TILE_COPIES * rows + 2 * plan.tile_columns  # and some rows of H
+        # Codes of the solver and of rounding, by tile; then those that are kept, and
+        # the weights that they stand for, by part and whole.
+        solving = concurrent * FP32 * tile * inputs + 3 * whole
+        decoding = (1 + 2 * self._compute_size) * whole
+        decoding += min(DECODED_WIDTH * whole, DECODED_BYTES)
+        device = self._weights(solved, used=False) + self._statistics(stage)
+        device += max(solving, decoding)
+        target = FP32 * whole if plan.act_order else 0
+        if plan.streams > 1:
+            target += 3 * FP32 * whole  # the correction by tile, whole, and the sum
+        host = self._solver_weights(solved) + target
+        return self._made(f"{stage.name}: solve {role(linear)}", device, host)
+
+    def _outputs(self, solved: list[str]) -> StageMemory:
+        """Count the pass that writes the next block's inputs."""
+        tokens = self._unit_tokens
+        held = self._compute_size * tokens * self.architecture.width
+        through = self._forward(len(STAGES) - 1) + 3 * held
+        concurrent = min(self.workers, self.in_flight)
+        device = self._weights(solved) + self.in_flight * held + concurrent * through
+        return self._made("outputs: pass", device, self._host_units())
+
+    def _forward(self, stage: int) -> int:
+        """Count what one unit takes on its way through one stream of the block."""
+        architecture, tokens = self.architecture, self._unit_tokens
+        width, mlp = architecture.width, architecture.mlp_width
+        heads = architecture.heads * architecture.head_width
+        keys = architecture.kv_heads * architecture.head_width
+        size = self._compute_size
+        norm = 3 * FP32 * tokens * width  # norms compute in fp32
+        # q and k before and after RoPE, v, what comes out.
+        attention = size * tokens * (4 * heads + 4 * keys)
+        if stage == 0:
+            made = norm
+            if self.plan.importance == "attncon":
+                made += attention + 2 * FP32 * tokens * (heads + keys)
+                if not self.on_gpu:  # logits of a tile, before and after the softmax
+                    made += 2 * FP32 * architecture.heads * QUERIES * tokens
+                    made += FP32 * tokens * heads  # a key for each head
+            elif self.plan.importance != "uniform":
+                made += attention + 4 * size * tokens * mlp
+        elif stage in (1, 2):
+            made = norm + attention
+        else:
+            made = norm + 4 * size * tokens * mlp
+        if self.plan.rounds_activations:
+            made += 3 * FP32 * tokens * max(width, mlp if stage == 3 else heads)
+        if stage == 3 and self.plan.mlp_rotation != "none":
+            made += 2 * FP32 * tokens * mlp  # two factors of a Hadamard product
+        if stage in (1, 2) and self.plan.heads_rotation != "none":
+            made += 2 * FP32 * tokens * heads
+        return made + 2 * size * tokens * width  # x and what is added to it
+
+    def _host_units(self) -> int:
+        """Count a unit read ahead and one waiting to be written, for each in flight."""
+        plan = self.plan
+        size = _itemsize(plan.cache_type)
+        unit = size * self._unit_tokens * self.architecture.width
+        return 2 * self.in_flight * plan.streams * unit
+
+    def _weights(self, solved: list[str], *, used: bool = True) -> int:
+        """Count the block as the passes see it: quantized, and full beside it.
+
+        Where they are fetched, one linear at a time, and none unless they are used.
+        """
+        size = self._compute_size
+        if self.streams_weights:
+            return size * max(self._entries(name) for name in LINEARS) * used
+        twice = solved if self.plan.streams > 1 else []
+        return size * (self._block_entries + sum(map(self._entries, twice)))
+
+    def _solver_weights(self, solved: list[str]) -> int:
+        """Count what the host keeps of a block: weights to solve; streamed ones.
+
+        Without a GPU they are those that the passes see.
+        """
+        if not self.on_gpu:
+            return 0
+        left = [name for name in LINEARS if name not in solved]
+        host = FP32 * sum(map(self._entries, left))
+        if self.streams_weights:
+            twice = solved if self.plan.streams > 1 else []
+            entries = sum(map(self._entries, (*LINEARS, *twice)))
+            host += self._compute_size * entries
+        return host
+
+    def _statistics(self, stage: Stage) -> int:
+        """Count H, and with two streams the drift."""
+        inputs = self._inputs(stage)
+        rows = inputs
+        if self.plan.streams > 1:
+            rows += self._outputs_of(stage) if len(stage.linears) == 1 else inputs
+        return FP32 * rows * inputs
+
+    def _inputs(self, stage: Stage) -> int:
+        return self.architecture.linear_shape(stage.linears[0])[1]
+
+    def _outputs_of(self, stage: Stage) -> int:
+        return self.architecture.linear_shape(stage.linears[0])[0]
+
+    def _entries(self, linear: str) -> int:
+        return prod(self.architecture.linear_shape(linear))
+
+    @property
+    def _block_entries(self) -> int:
+        return sum(map(prod, self.architecture.block_shapes().values()))
+
+    @property
+    def _compute_size(self) -> int:
+        return _itemsize(self.plan.compute_type)
+
+    @property
+    def _unit_tokens(self) -> int:
+        return self.plan.unit_sequences * self.plan.sequence_length
+
+
+def _itemsize(name: str) -> int:
+    kind: torch.dtype = getattr(torch, name)
+    return kind.itemsize
