@@ -80,14 +80,17 @@ def hashes(folder: Path) -> dict[str, str]:
 def soak(
     command: list[str], folder: Path, minutes: float, chooser: random.Random
 ) -> Counts:
-    """Kill and restart until the time is over; the last round is left to finish."""
+    """Kill and restart until the time is over; the last round is left to finish.
+
+    On a machine so busy that no kill came in that time, until there was one.
+    """
     counts, whole = Counts(), folder / "whole"
     began = time.monotonic()
     if wait(start([*command, "--output", str(whole)]), None) != FINISHED:
         raise SystemExit("the uninterrupted run did not finish")
     seconds = time.monotonic() - began
-    wanted, ends = hashes(whole), began + 60 * minutes
-    while time.monotonic() < ends:
+    wanted, ends = hashes(whole), time.monotonic() + 60 * minutes
+    while time.monotonic() < ends or not counts.kills:
         output = folder / "out"
         call, again = [*command, "--output", str(output)], False
         while True:
