@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--method", default="rsq")
     parser.add_argument("--ram")
     parser.add_argument("--vram")
     parser.add_argument("--device", default="cpu")
@@ -195,7 +196,8 @@ def main() -> None:
         write_model(folder, given.shape, given.blocks)
         write_text(text, 2 * given.samples * given.sequence_length + 1000)
         options = [str(folder), "--output", str(output), "--calibration", str(text)]
-        for name in ("samples", "sequence_length", "bits", "group_size", "ram", "vram"):
+        names = ("method", "samples", "sequence_length", "bits", "group_size")
+        for name in (*names, "ram", "vram"):
             value = getattr(given, name)
             if value is not None:
                 options += [f"--{name.replace('_', '-')}", str(value)]

@@ -49,7 +49,8 @@ class Peak:
 def child() -> None:
     """Quantize in a process of its own: folder, output, samples, budget or 0."""
     folder, output, samples, ram = sys.argv[1:]
-    options = options_for(Path(output))
+    flight: dict[str, Any] = {"workers": 2, "units_in_flight": 4}
+    options = options_for(Path(output), **flight)
     fields: dict[str, Any] = {"samples": int(samples), "sequence_length": TOKENS}
     fields |= {"method": "rsq", "plan": PLAN}
     fields |= {"propagate": 0.5, "sweeps": 2, "refit": True}
@@ -63,7 +64,7 @@ def child() -> None:
     run_toy(
         Path(folder),
         Path(output),
-        options={"workers": 2, "units_in_flight": 4, "ram_bytes": int(ram)},
+        options={**flight, "ram_bytes": int(ram)},
         **fields,
     )
     sys.stdout.write(ram)
