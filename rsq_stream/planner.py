@@ -99,7 +99,7 @@ def plan_execution(
             architecture,
             plan,
             first.dtype,
-            wanted if plan.needs_calibration else 1,
+            min(wanted, plan.units) if plan.needs_calibration else 1,
             options.workers,
             options.on_gpu,
         ),
