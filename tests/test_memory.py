@@ -24,8 +24,8 @@ from tests.toy import (
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS, WIDTH = 512, 256
-FEW, MANY = 256, 2304
-"""Even the few are 64 units a pass: the allocator is then as full as it gets."""
+FEW, MANY = 512, 2560
+"""Even the few are 128 units a pass: the allocator is then as full as it gets."""
 SEQUENCE_BYTES = TOKENS * WIDTH * 2
 PLAN = {
     "unit_sequences": 4,
