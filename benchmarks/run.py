@@ -22,9 +22,9 @@ import torch
 from rsq_stream.algorithm.factor import factorise
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.packing import pack, unpack
 from rsq_stream.algorithm.solver import Solution, solve
-from rsq_stream.algorithm.tile import weighted_loss
 from rsq_stream.ops.pool import Pool, single_threaded_products
 from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
 
@@ -107,8 +107,8 @@ def solver(size: int, device: torch.device, pool: Pool) -> None:
     torch.set_num_threads(pool.workers)
     loop_s = timed(lambda: loop.append(torch_loop(weight_OI, kept_II, 3)), device)
     torch.set_num_threads(1)
-    error = weighted_loss(weight_OI - loop[0], factor)
-    error = float(error / weighted_loss(weight_OI, factor))
+    error, energy = weighted_losses([weight_OI - loop[0], weight_OI], factor).tolist()
+    error /= energy
     # Its scales are not mirrored, so it may only be a little worse.
     if not found[0].relative_error <= error < 1.5 * found[0].relative_error:
         sys.exit(f"the torch loop has {error}, not {found[0].relative_error}")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor, factorise
+from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.solver import round_to_nearest
-from rsq_stream.algorithm.tile import weighted_loss
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.grids import make_grid
@@ -102,7 +102,7 @@ class BlockMeter:
             loss = (error_I * factor.scale_I.double()).sum()
             self._losses[linear][bits] = float(loss)
             if bits == PROBE_BITS:
-                probe_loss = float(weighted_loss(error_OI, factor))
+                probe_loss = float(weighted_losses([error_OI], factor))
                 self._probes[linear] = decoded_OI, probe_loss
 
     def _scheme(self, linear: str, bits: int, inputs: int) -> Scheme:

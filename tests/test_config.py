@@ -74,7 +74,7 @@ PLAN: dict[str, Any] = {
     "shard_bytes": 1_000_000,
     "grid": "integer",
     "output_format": "compressed-tensors",
-    "maths_version": 1,
+    "maths_version": 2,
     "device_kind": "x86",
 }
 """A plan with a value for each field; other tests change what they are about."""
@@ -140,7 +140,7 @@ OTHER: dict[str, Any] = {
     "shard_bytes": 1_000_001,
     "grid": "nf",
     "output_format": "gptq",
-    "maths_version": 2,
+    "maths_version": 3,
     "device_kind": "arm",
 }
 FIELDS = [field.name for field in dataclasses.fields(QuantizationPlan)]

@@ -61,9 +61,11 @@ def loss(weight_OI: Tensor, found: Solution, grid: Grid, whole_II: Tensor) -> Te
 def test_the_factor_keeps_the_hessian(case: tuple[Any, ...], tile: int) -> None:
     inputs = case[1]
     _, factor, whole_II = problem(case[0], inputs, tile)
+    one_II = torch.eye(inputs)
     for start, end in ((0, 1), (5, 40), (0, inputs), (inputs - 33, inputs)):
-        rows_CI = factor.hessian_rows(start, end)
-        assert torch.allclose(rows_CI, whole_II[start:end], rtol=1e-6, atol=1e-6)
+        columns_IW, among_WW = factor.pulls(one_II, start, end)
+        assert torch.allclose(columns_IW, whole_II[:, start:end], rtol=1e-6, atol=1e-6)
+        assert torch.equal(among_WW, columns_IW[start:end])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -19,6 +19,8 @@ from rsq_stream.errors import NumericalError
 from rsq_stream.ops.cholesky import factor_tile
 from rsq_stream.ops.pool import Pool
 
+_WIDE = 512
+"""Columns that are worked on together: products of fewer are bound by memory."""
 _ATTEMPTS = 8
 _GROWTH = 10.0
 
@@ -40,20 +42,33 @@ class Factor:
     damp: float
     """lambda itself."""
 
-    def hessian_rows(self, start: int, end: int) -> Float[Tensor, "C I"]:
-        """Give rows of H + lambda I, from the half and the tiles that keep H."""
-        inputs, tile = self.matrix_II.shape[0], self.tiles[0].shape[0]
-        rows_CI = self.matrix_II.new_empty(end - start, inputs)
-        for at in range(start - start % tile, end, tile):
-            rows = slice(max(start, at), min(end, at + tile))
-            mine = slice(rows.start - start, rows.stop - start)
-            after = min(at + tile, inputs)
-            inside = slice(rows.start - at, rows.stop - at)
-            rows_CI[mine, :at] = self.matrix_II[rows, :at]
-            rows_CI[mine, at:after] = self.tiles[at // tile][inside]
-            rows_CI[mine, after:] = self.matrix_II[after:, rows].T
-        rows_CI[:, start:end].diagonal().add_(self.damp)
-        return rows_CI
+    def hessian_block(self, start: int, end: int) -> Float[Tensor, "W W"]:
+        """Give H + lambda I of some rows and columns, from the half that keeps H.
+
+        ``start`` and ``end`` are at ends of tiles.
+        """
+        tile = self.tiles[0].shape[0]
+        block_WW = self.matrix_II[start:end, start:end].clone()
+        for at in range(0, end - start, tile):
+            own, before = slice(at, at + tile), slice(0, at)
+            block_WW[own, own] = self.tiles[(start + at) // tile]
+            block_WW[before, own] = block_WW[own, before].T
+        block_WW.diagonal().add_(self.damp)
+        return block_WW
+
+    def pulls(
+        self, error_RI: Float[Tensor, "R I"], start: int, end: int
+    ) -> tuple[Float[Tensor, "R W"], Float[Tensor, "W W"]]:
+        """Give some columns of E (H + lambda I), and H + lambda I among them."""
+        tile, inputs = self.tiles[0].shape[0], self.matrix_II.shape[0]
+        first = start - start % tile
+        last = min(-(-end // tile) * tile, inputs)
+        own = slice(start - first, end - first)
+        around_WW = self.hessian_block(first, last)
+        pull_RW = error_RI[:, first:last] @ around_WW[:, own]
+        pull_RW.addmm_(error_RI[:, :first], self.matrix_II[start:end, :first].T)
+        pull_RW.addmm_(error_RI[:, last:], self.matrix_II[last:, start:end])
+        return pull_RW, around_WW[own, own]
 
 
 def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor:
@@ -119,37 +134,57 @@ def _restore_hessian(matrix_II: Tensor, tiles: list[Tensor]) -> None:
         start = rows.stop
 
 
+def wide_blocks(inputs: int, unit: int) -> list[tuple[int, int]]:
+    """Cut columns into blocks of some units each, wide enough for fast products."""
+    wide = unit * max(1, _WIDE // unit)
+    return [(start, min(start + wide, inputs)) for start in range(0, inputs, wide)]
+
+
 def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
-    """Turn the upper triangle into U and return D; None if H is not p.d."""
-    size = matrix_II.shape[0]
+    """Turn the upper triangle into U and return D; None if H is not p.d.
+
+    By wide panels of tiles: what lies left of a panel is updated once by all of it.
+    """
     scale_I = torch.empty_like(matrix_II.diagonal())
-    for start in reversed(range(0, size, tile)):
-        tile_CC = matrix_II[start : start + tile, start : start + tile]
-        if factor_tile(tile_CC) >= 0:
-            return None
-        root_C = tile_CC.diagonal().clone()
-        if not bool(torch.isfinite(root_C).all()):
-            return None
-        panel_IC = matrix_II[:start, start : start + tile]
-        before = [slice(row, row + tile) for row in range(0, start, tile)]
-        pool.map(partial(_solve_panel, panel_IC, tile_CC), before)
-        pool.map(partial(_update, matrix_II, panel_IC), before)
+    for first, end in reversed(wide_blocks(matrix_II.shape[0], tile)):
+        for start in reversed(range(first, end, tile)):
+            tile_CC = matrix_II[start : start + tile, start : start + tile]
+            if factor_tile(tile_CC) >= 0:
+                return None
+            if not bool(torch.isfinite(tile_CC.diagonal()).all()):
+                return None
+            panel_IC = matrix_II[:start, start : start + tile]
+            root_CC = tile_CC.triu()
+            runs = [slice(*run) for run in wide_blocks(start, tile)]
+            pool.map(partial(_solve_panel, panel_IC, root_CC), runs)
+            inside = _columns(first, start, tile)
+            pool.map(partial(_update, matrix_II, panel_IC), inside)
+        panel_IW = matrix_II[:end, first:end]
+        update = partial(_update, matrix_II, panel_IW[:first])
+        pool.map(update, _columns(0, first, tile))
         # R = U D^(1/2): divide each column by its diagonal entry.
-        panel_IC /= root_C
-        tile_CC /= root_C
-        scale_I[start : start + tile] = root_C.square()
+        root_W = panel_IW[first:].diagonal().clone()
+        for start in range(first, end, tile):
+            columns = slice(start - first, start - first + tile)
+            panel_IW[: start + tile, columns] /= root_W[columns]
+        scale_I[first:end] = root_W.square()
     return scale_I
 
 
-def _solve_panel(panel_IC: Tensor, tile_CC: Tensor, rows: slice) -> None:
-    """Solve X R^T = A for one tile of the panel above a factored tile."""
+def _columns(first: int, end: int, tile: int) -> list[slice]:
+    """Give the tiles' columns, the highest first: they take the longest."""
+    return [slice(at, at + tile) for at in reversed(range(first, end, tile))]
+
+
+def _solve_panel(panel_IC: Tensor, root_CC: Tensor, rows: slice) -> None:
+    """Solve X R^T = A for some tiles of the panel above a factored tile."""
     panel_IC[rows] = torch.linalg.solve_triangular(
-        tile_CC.triu().T, panel_IC[rows], upper=False, left=False
+        root_CC.T, panel_IC[rows], upper=False, left=False
     )
 
 
 def _update(matrix_II: Tensor, panel_IC: Tensor, columns: slice) -> None:
-    """Subtract the panel's part from one column of tiles, diagonal tile included."""
+    """Subtract a panel's part from one column of tiles, diagonal tile included."""
     matrix_II[: columns.stop, columns].addmm_(
         panel_IC[: columns.stop], panel_IC[columns].T, alpha=-1
     )

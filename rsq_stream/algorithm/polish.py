@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm.factor import Factor
+from rsq_stream.algorithm.factor import Factor, wide_blocks
 from rsq_stream.algorithm.grid import Grid
 
 
@@ -42,26 +42,46 @@ class Polish:
         for _ in range(max(sweeps, int(refit))):
             if refit and self.group_size == -1:
                 self._refit_rows()
-            for start, end in self._blocks():
-                self._improve(start, end, refit=refit, descent=sweeps > 0)
+            for first, last in wide_blocks(self.weight_RI.shape[1], self._width):
+                pull_RW, hessian_WW = self.factor.pulls(self.error_RI, first, last)
+                for start in range(first, last, self._width):
+                    end = min(start + self._width, last)
+                    own, later = (
+                        slice(start - first, end - first),
+                        slice(end - first, None),
+                    )
+                    before_RC = self.error_RI[:, start:end].clone()
+                    self._improve(
+                        slice(start, end),
+                        pull_RW[:, own],
+                        hessian_WW[own, own],
+                        refit=refit,
+                        descent=sweeps > 0,
+                    )
+                    moved_RC = self.error_RI[:, start:end] - before_RC
+                    pull_RW[:, later].addmm_(moved_RC, hessian_WW[own, later])
 
-    def _blocks(self) -> list[tuple[int, int]]:
-        inputs = self.weight_RI.shape[1]
-        width = self.group_size
-        if width == -1:
-            width = self.factor.tiles[0].shape[0]
-        return [(at, min(at + width, inputs)) for at in range(0, inputs, width)]
+    @property
+    def _width(self) -> int:
+        """Columns that are improved at a time: a group's, or a tile's."""
+        if self.group_size == -1:
+            return self.factor.tiles[0].shape[0]
+        return self.group_size
 
-    def _improve(self, start: int, end: int, *, refit: bool, descent: bool) -> None:
+    def _improve(
+        self,
+        columns: slice,
+        pull_RC: Tensor,
+        hessian_CC: Tensor,
+        *,
+        refit: bool,
+        descent: bool,
+    ) -> None:
         """Refit and descend within one group (one tile, for one scale a row)."""
-        columns = slice(start, end)
-        rows_CI = self.factor.hessian_rows(start, end)
-        hessian_CC = rows_CI[:, columns]
-        pull_RC = self.error_RI @ rows_CI.T
-        group = 0 if self.group_size == -1 else start // self.group_size
+        group = 0 if self.group_size == -1 else columns.start // self.group_size
         if refit and self.group_size != -1:
             step_RC = self._refit(columns, group, pull_RC, hessian_CC)
-            pull_RC -= step_RC @ hessian_CC
+            pull_RC = pull_RC - step_RC @ hessian_CC
         if descent:
             scale_R, zero_R = self.scale_RG[:, group], self.zero_RG[:, group]
             level_RL = self.grid.levels(scale_R, zero_R)
@@ -87,11 +107,11 @@ class Polish:
         gain_R = torch.zeros_like(self.scale_RG[:, 0])
         energy_R = torch.zeros_like(gain_R)
         steps_RI = self._units(slice(None), 0)
-        for start, end in self._blocks():
-            rows_CI = self.factor.hessian_rows(start, end)
-            steps_RC = steps_RI[:, start:end]
-            gain_R += (steps_RC * (self.error_RI @ rows_CI.T)).sum(1)
-            energy_R += (steps_RC * (steps_RI @ rows_CI.T)).sum(1)
+        for start, end in wide_blocks(self.weight_RI.shape[1], self._width):
+            steps_RW = steps_RI[:, start:end]
+            for part_RI, sum_R in ((self.error_RI, gain_R), (steps_RI, energy_R)):
+                pull_RW, _ = self.factor.pulls(part_RI, start, end)
+                sum_R += (steps_RW * pull_RW).sum(1)
         self._move(0, gain_R, energy_R)
         self._decode(slice(None), 0)
 

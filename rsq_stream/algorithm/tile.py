@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm.factor import Factor
+from rsq_stream.algorithm.factor import Factor, wide_blocks
 from rsq_stream.algorithm.grid import Grid
+from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.polish import Polish
 
 _COLUMNS = 2048
@@ -69,17 +69,16 @@ def solve_tile(
     if sweeps or refit or grid.trials:
         # Rounding is compared with the scales that are kept.
         _round_again(weight_RI, made, grid)
-    losses = [
-        weighted_loss(part_RI, factor)
-        for part_RI in (made.error_RI, made.nearest_error_RI, weight_RI)
-    ]
-    return Tile(
-        made.code_RI,
-        made.nearest_RI,
-        made.scale_RG,
-        made.zero_RG,
-        torch.stack(losses),
-    )
+    others = (made.nearest_error_RI, weight_RI)
+    if sweeps or refit:
+        losses = weighted_losses((made.error_RI, *others), factor)
+    else:
+        # The sweep's own sum, which has lambda in it, spares a product.
+        solved = made.loss_R.sum(dtype=torch.float64)
+        solved -= factor.damp * made.error_RI.square().sum(dtype=torch.float64)
+        rest = weighted_losses(others, factor)
+        losses = torch.cat([solved.clamp(min=0)[None], rest])
+    return Tile(made.code_RI, made.nearest_RI, made.scale_RG, made.zero_RG, losses)
 
 
 @dataclass
@@ -93,7 +92,7 @@ class _Swept:
     scale_RG: Tensor
     zero_RG: Tensor
     loss_R: Tensor
-    """e (H + lambda I) e^T of each row; only where scales are tried."""
+    """e (H + lambda I) e^T of each row."""
 
     def take_better_rows(self, other: "_Swept") -> None:
         """Take over the rows in which the other leaves less of a loss."""
@@ -125,38 +124,44 @@ def _sweep_tile(
     scale_RG = weight_RI.new_empty(rows, groups)
     zero_RG = weight_RI.new_empty(rows, groups)
     loss_R = torch.zeros_like(weight_RI[:, 0])
-    for start in range(0, inputs, block):
-        columns = slice(start, min(start + block, inputs))
-        weight_RC = weight_RI[:, columns]
-        target_RC = torch.addmm(
-            weight_RC, error_RI[:, :start], factor.matrix_II[:start, columns]
+    for first, last in wide_blocks(inputs, block):
+        # The errors of all earlier blocks, for some blocks at once.
+        owed_RW = torch.addmm(
+            weight_RI[:, first:last],
+            error_RI[:, :first],
+            factor.matrix_II[:first, first:last],
         )
-        group = 0 if group_size == -1 else start // block
-        if group_size != -1:
-            unit_CC = factor.matrix_II[columns, columns]
-            searched_RC = (
-                _current(weight_RC, target_RC, unit_CC) if dynamic_scales else weight_RC
+        for start in range(first, last, block):
+            columns = slice(start, min(start + block, last))
+            weight_RC = weight_RI[:, columns]
+            target_RC = torch.addmm(
+                owed_RW[:, start - first : columns.stop - first],
+                error_RI[:, first:start],
+                factor.matrix_II[first:start, columns],
             )
-            scale_RG[:, group], zero_RG[:, group] = grid.search(searched_RC)
-        elif start == 0 and given is not None:
-            scale_RG[:, 0], zero_RG[:, 0] = given
-        scale_R, zero_R = scale_RG[:, group].clone(), zero_RG[:, group].clone()
-        level_RL = grid.levels(scale_R, zero_R)
-        code_RI[:, columns], error_RI[:, columns] = grid.sweep(
-            target_RC,
-            weight_RC,
-            factor.matrix_II[columns, columns],
-            scale_R,
-            zero_R,
-            level_RL,
-        )
-        nearest_RC = grid.nearest(weight_RC, scale_R, zero_R)
-        nearest_RI[:, columns] = nearest_RC
-        nearest_error_RI[:, columns] = weight_RC - level_RL.gather(1, nearest_RC.long())
-        if grid.trials:
             unit_CC = factor.matrix_II[columns, columns].triu(1)
-            left_RC = error_RI[:, columns] @ unit_CC + error_RI[:, columns]
-            left_RC += target_RC - weight_RC
+            group = 0 if group_size == -1 else start // block
+            if group_size != -1:
+                searched_RC = (
+                    _current(weight_RC, target_RC, unit_CC)
+                    if dynamic_scales
+                    else weight_RC
+                )
+                scale_RG[:, group], zero_RG[:, group] = grid.search(searched_RC)
+            elif start == 0 and given is not None:
+                scale_RG[:, 0], zero_RG[:, 0] = given
+            scale_R, zero_R = scale_RG[:, group].clone(), zero_RG[:, group].clone()
+            level_RL = grid.levels(scale_R, zero_R)
+            code_RI[:, columns], error_RC = grid.sweep(
+                target_RC, weight_RC, unit_CC, scale_R, zero_R, level_RL
+            )
+            error_RI[:, columns] = error_RC
+            nearest_RC = grid.nearest(weight_RC, scale_R, zero_R)
+            nearest_RI[:, columns] = nearest_RC
+            nearest_error_RI[:, columns] = weight_RC - level_RL.gather(
+                1, nearest_RC.long()
+            )
+            left_RC = torch.addmm(error_RC, error_RC, unit_CC) + (target_RC - weight_RC)
             loss_R += left_RC.square() @ factor.scale_I[columns]
     return _Swept(
         code_RI, error_RI, nearest_RI, nearest_error_RI, scale_RG, zero_RG, loss_R
@@ -198,17 +203,3 @@ def _current(weight_RC: Tensor, target_RC: Tensor, unit_CC: Tensor) -> Tensor:
         unit_CC, target_RC - weight_RC, upper=True, left=False, unitriangular=True
     )
     return weight_RC + owed_RC
-
-
-def weighted_loss(error_RI: Float[Tensor, "R I"], factor: Factor) -> Tensor:
-    """Compute tr(E H E^T) in fp64 sums, H undamped, from the lower triangle."""
-    total = torch.zeros((), dtype=torch.float64, device=error_RI.device)
-    start = 0
-    for tile_CC in factor.tiles:
-        end = start + tile_CC.shape[0]
-        error_RC = error_RI[:, start:end]
-        below_RC = error_RI[:, end:] @ factor.matrix_II[end:, start:end]
-        product_RC = error_RC @ tile_CC + 2 * below_RC
-        total += (error_RC * product_RC).sum(dtype=torch.float64)
-        start = end
-    return total

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rsq_stream.ops.columns import ROUND
 from rsq_stream.ops.launch import (
     ROWS_PER_BLOCK,
     WARP,
@@ -23,9 +24,6 @@ from rsq_stream.ops.launch import (
     tabled,
 )
 from rsq_stream.ops.library import Kernel
-
-_ROUND = np.float32(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
 
 
 def best_scale(
@@ -169,12 +167,12 @@ def _add_errors(  # pragma: no cover - compiled
                 x = t * inverse[p]
                 x = x if x > low else low
                 x = x if x < high else high
-                e = t - scale[p] * ((x + _ROUND) - _ROUND)
+                e = t - scale[p] * ((x + ROUND) - ROUND)
                 total[p] += e * e
         else:
             for p in range(total.shape[0]):
                 x = t * inverse[p]
                 x = x if x > low else low
                 x = x if x < high else high
-                e = t - scale[p] * ((x + _ROUND) - _ROUND)
+                e = t - scale[p] * ((x + ROUND) - ROUND)
                 total[p] += (e * e) ** half

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from rsq_stream.ops.columns import ROUND, TOGETHER, by_columns
 from rsq_stream.ops.launch import (
     ROWS_PER_BLOCK,
     WARP,
@@ -23,9 +24,6 @@ from rsq_stream.ops.launch import (
     tabled,
 )
 from rsq_stream.ops.library import Kernel
-
-_ROUND = np.float32(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
 
 
 def descend(
@@ -42,10 +40,10 @@ def descend(
     """
     if code_RC.is_cuda:
         return descend_kernel(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
-    code_CR = code_RC.T.contiguous().numpy().copy()
+    code_CR = by_columns(code_RC)
     _descend(
         code_CR,
-        pull_RC.T.contiguous().numpy().copy(),
+        by_columns(pull_RC),
         hessian_CC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
         zero_R.contiguous().numpy(),
@@ -121,20 +119,48 @@ def _descend(  # pragma: no cover - compiled
 ) -> None:
     # Columns lie in rows here: each step is a run along the rows of the linear.
     columns, rows = code.shape
+    step = np.empty((TOGETHER, rows), dtype=np.float32)
+    for first in range(0, columns, TOGETHER):
+        last = min(first + TOGETHER, columns)
+        for k in range(first, last):
+            share = np.float32(1.0) / hessian[k, k]
+            _move(code[k], pull[k], share, inverse, zero, level, step[k - first])
+            for j in range(k + 1, last):
+                h = hessian[k, j]
+                for r in range(rows):
+                    pull[j, r] -= step[k - first, r] * h
+        # Each pull loses its steps in the order of columns, as column by column.
+        for j in range(last, columns):
+            for k in range(first, last):
+                h = hessian[k, j]
+                for r in range(rows):
+                    pull[j, r] -= step[k - first, r] * h
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _move(  # pragma: no cover - compiled
+    code: np.ndarray,
+    pull: np.ndarray,
+    share: np.float32,
+    inverse: np.ndarray,
+    zero: np.ndarray,
+    level: np.ndarray,
+    step: np.ndarray,
+) -> None:
+    """Take a column to its best codes; gives by how much its values moved."""
+    rows = code.shape[0]
     top = np.float32(level.shape[1] - 1)
-    step = np.empty(rows, dtype=np.float32)
-    for k in range(columns):
-        weight = np.float32(1.0) / hessian[k, k]
-        for r in range(rows):
-            before = level[r, code[k, r]]
-            x = (before + pull[k, r] * weight) * inverse[r]
-            # Clamped before rounding: the same, since the bounds are whole numbers.
-            x = x if x > -zero[r] else -zero[r]
-            x = x if x < top - zero[r] else top - zero[r]
-            q = int((x + _ROUND) - _ROUND + zero[r])
-            code[k, r] = q
-            step[r] = level[r, q] - before
-        for j in range(k + 1, columns):
-            h = hessian[k, j]
-            for r in range(rows):
-                pull[j, r] -= step[r] * h
+    before = np.empty(rows, dtype=np.float32)
+    for r in range(rows):
+        before[r] = level[r, code[r]]
+    for r in range(rows):
+        x = (before[r] + pull[r] * share) * inverse[r]
+        # Clamped before rounding: the same, since the bounds are whole numbers.
+        x = x if x > -zero[r] else -zero[r]
+        x = x if x < top - zero[r] else top - zero[r]
+        step[r] = (x + ROUND) - ROUND + zero[r]
+    for r in range(rows):
+        q = int(step[r])
+        code[r] = q
+        step[r] = level[r, q] - before[r]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from rsq_stream.ops.columns import ROUND, TOGETHER, by_columns
 from rsq_stream.ops.launch import (
     ROWS_PER_BLOCK,
     WARP,
@@ -22,9 +23,6 @@ from rsq_stream.ops.launch import (
     tabled,
 )
 from rsq_stream.ops.library import Kernel
-
-_ROUND = np.float32(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds to even, for |x| < 2**22."""
 
 
 def sweep(
@@ -59,7 +57,7 @@ def sweep(
     code_CR = np.empty(target_RC.T.shape, dtype=np.uint8)
     error_CR = np.empty(target_RC.T.shape, dtype=np.float32)
     _sweep(
-        target_RC.T.contiguous().numpy(),
+        by_columns(target_RC),
         weight_RC.T.contiguous().numpy(),
         upper_CC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
@@ -144,20 +142,42 @@ def _sweep(  # pragma: no cover - compiled
 ) -> None:
     # Columns lie in rows here: each step is a run along the rows of the linear.
     columns, rows = target.shape
+    for first in range(0, columns, TOGETHER):
+        last = min(first + TOGETHER, columns)
+        for k in range(first, last):
+            _round_column(target[k], weight[k], inverse, zero, level, code[k], error[k])
+            for j in range(k + 1, last):
+                u = upper[k, j]
+                for r in range(rows):
+                    target[j, r] += error[k, r] * u
+        # Each target gains its errors in the order of columns, as column by column.
+        for j in range(last, columns):
+            for k in range(first, last):
+                u = upper[k, j]
+                for r in range(rows):
+                    target[j, r] += error[k, r] * u
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _round_column(  # pragma: no cover - compiled
+    target: np.ndarray,
+    weight: np.ndarray,
+    inverse: np.ndarray,
+    zero: np.ndarray,
+    level: np.ndarray,
+    code: np.ndarray,
+    error: np.ndarray,
+) -> None:
     top = np.float32(level.shape[1] - 1)
-    chosen = np.empty(rows, dtype=np.float32)
-    for k in range(columns):
-        for r in range(rows):
-            x = target[k, r] * inverse[r]
-            # Clamped before rounding: the same, since the bounds are whole numbers.
-            x = x if x > -zero[r] else -zero[r]
-            x = x if x < top - zero[r] else top - zero[r]
-            chosen[r] = (x + _ROUND) - _ROUND + zero[r]
-        for r in range(rows):
-            q = int(chosen[r])
-            code[k, r] = q
-            error[k, r] = weight[k, r] - level[r, q]
-        for j in range(k + 1, columns):
-            u = upper[k, j]
-            for r in range(rows):
-                target[j, r] += error[k, r] * u
+    chosen = np.empty(target.shape[0], dtype=np.float32)
+    for r in range(target.shape[0]):
+        x = target[r] * inverse[r]
+        # Clamped before rounding: the same, since the bounds are whole numbers.
+        x = x if x > -zero[r] else -zero[r]
+        x = x if x < top - zero[r] else top - zero[r]
+        chosen[r] = (x + ROUND) - ROUND + zero[r]
+    for r in range(target.shape[0]):
+        q = int(chosen[r])
+        code[r] = q
+        error[r] = weight[r] - level[r, q]

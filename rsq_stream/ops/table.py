@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from rsq_stream.ops.clip_search import best_scale_kernel
+from rsq_stream.ops.columns import by_columns
 from rsq_stream.ops.descent import descend_kernel
 from rsq_stream.ops.sweep import sweep_kernel
 from rsq_stream.ops.table_loops import (
@@ -105,7 +106,7 @@ def sweep_table(
             level_RL,
             middles(value_L),
         )
-    target_CR = target_RC.T.contiguous().numpy().copy()
+    target_CR = by_columns(target_RC)
     code_CR = np.empty(target_CR.shape, dtype=np.uint8)
     error_CR = np.empty(target_CR.shape, dtype=np.float32)
     sweep_table_columns(
@@ -162,10 +163,10 @@ def descend_table(
             level_RL,
             middles(value_L),
         )
-    code_CR = code_RC.T.contiguous().numpy().copy()
+    code_CR = by_columns(code_RC)
     descend_table_columns(
         code_CR,
-        pull_RC.T.contiguous().numpy().copy(),
+        by_columns(pull_RC),
         hessian_CC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
         middles(value_L).numpy(),
