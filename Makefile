@@ -26,7 +26,7 @@ demo: $(READY) ## quantize the bundled model, show before and after
 	$(VENV_BIN)/rsq-stream demo $(ARGS)
 
 test: $(READY) ## the suite without a GPU, shapes checked (ARGS="-k solver", WORKERS=0)
-	$(VENV_BIN)/pytest -n $(WORKERS) --dist loadfile --jaxtyping-packages=rsq_stream,beartype.beartype -m "not gpu" $(ARGS)
+	$(VENV_BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --jaxtyping-packages=rsq_stream,beartype.beartype -m "not gpu" $(ARGS)
 
 check: $(READY) ## format, lint, types, direction of imports, contents of the wheel
 	$(VENV_BIN)/ruff format --check .
@@ -42,7 +42,7 @@ fix: $(READY) ## format, and mend what ruff can mend
 	$(VENV_BIN)/ruff check --fix .
 
 test-faults: $(READY) ## every step on disk, every kind of crash (some 20 minutes)
-	RSQ_ALL_FAULTS=1 $(VENV_BIN)/pytest tests/test_faults.py $(ARGS)
+	RSQ_ALL_FAULTS=1 $(VENV_BIN)/pytest tests/test_faults.py tests/test_failing_steps.py $(ARGS)
 
 soak: $(READY) ## SIGKILL at random times for 10 minutes (ARGS="--minutes 1")
 	$(PY) tests/soak.py $(ARGS)

@@ -12,7 +12,9 @@ from rsq_stream.cli.main import main
 
 from rsq_stream.demo import MODEL
 from tests.cli_runs import Run
-from tests.toy import quick_folder
+from tests.crashes import Crash
+from tests.faults import RUN, TOY, Recording
+from tests.toy import contents, quick_folder, run_toy, toy_checkpoint
 
 # Small products lose more to OpenMP's barriers than they gain; what threads may
 # change is tested through the pool.
@@ -22,6 +24,7 @@ torch.set_num_threads(1)
 if quick_folder() is not None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(quick_folder()))
 
+LONGEST = ("test_faults.py", "test_failing_steps.py", "test_memory.py")
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = ("torch", "numpy", "numba", "transformers", "zarr")
 
@@ -33,6 +36,8 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest files first: of two processes none is then left with one at the end.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(
@@ -57,6 +62,23 @@ def disk_folder() -> Iterator[Path]:
     """A folder on a disk, for what memory would not show."""
     with tempfile.TemporaryDirectory(prefix="rsq-stream-test-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where there is one: a sync costs nothing there."""
+    folder = quick_folder() or tmp_path_factory.mktemp("faults")
+    with tempfile.TemporaryDirectory(prefix="rsq-stream-", dir=folder) as made:
+        yield Path(made)
+
+
+@pytest.fixture(scope="module")
+def crash(place: Path) -> Crash:
+    toy = toy_checkpoint(place / "toy", **TOY)
+    run_toy(toy, place / "whole", **RUN)
+    recording = Recording(toy, place / "out")
+    assert len(recording.moments) > 400  # stages, chunks, shards, small files
+    return Crash(toy, recording, contents(place / "whole"))
 
 
 @pytest.fixture

@@ -1,94 +1,16 @@
-"""Whatever a run dies of, wherever, the resumed one gives the same bytes.
+"""Killed or without power, wherever: the resumed run gives the same bytes.
 
-``make test-faults`` tries every step for every kind; here some kinds are sampled.
+``make test-faults`` tries every step; here some are sampled.
 """
 
-import errno
-import os
 import random
-import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rsq_stream.errors import DiskFullError, OutputError, RsqError, ScratchError
-from rsq_stream.events import Event, Notice
-from tests.faults import (
-    RUN,
-    TOY,
-    Chooser,
-    Image,
-    Ledger,
-    Recording,
-    blocks_done,
-    failing,
-    look,
-    replayed,
-    restore,
-)
-from tests.toy import Recorder, contents, quick_folder, run_toy, toy_checkpoint
-
-ALL = bool(os.environ.get("RSQ_ALL_FAULTS"))
-EXAMPLES = 1000 if ALL else 150
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in memory where there is one: a sync costs nothing there."""
-    folder = quick_folder() or tmp_path_factory.mktemp("faults")
-    with tempfile.TemporaryDirectory(prefix="rsq-stream-", dir=folder) as made:
-        yield Path(made)
-
-
-@dataclass(frozen=True)
-class Crash:
-    """A toy, its output in one go, and the disk at each step of the way there."""
-
-    toy: Path
-    recording: Recording
-    whole: dict[str, bytes]
-
-    def __repr__(self) -> str:
-        return "Crash()"  # hypothesis prints it
-
-    def resumed(self, image: Image) -> list[Event]:
-        """Make a crash's disk and run again: whole, and no journalled block repeated.
-
-        Gives what was said.
-        """
-        output, work = self.recording.folders
-        restore(image, output, work)
-        recorder = Recorder()
-        try:
-            summary = run_toy(self.toy, output, listener=recorder, **RUN)
-        except OutputError as error:
-            if "holds a finished output" not in str(error):
-                raise
-            # It died removing its work folder, the journal already gone.
-            shutil.rmtree(work, ignore_errors=True)
-        else:
-            assert summary.resumed_at == blocks_done(image)
-        assert contents(output) == self.whole
-        assert not work.exists()
-        return recorder.events
-
-
-@pytest.fixture(scope="module")
-def crash(place: Path) -> Crash:
-    toy = toy_checkpoint(place / "toy", **TOY)
-    run_toy(toy, place / "whole", **RUN)
-    recording = Recording(toy, place / "out")
-    assert len(recording.moments) > 400  # stages, chunks, shards, small files
-    return Crash(toy, recording, contents(place / "whole"))
-
-
-def made_again(events: list[Event]) -> list[str]:
-    return [e.text for e in events if isinstance(e, Notice) and "made again" in e.text]
+from rsq_stream.errors import RsqError
+from tests.crashes import ALL, EXAMPLES, Crash, made_again
+from tests.faults import Chooser, Ledger, Recording, replayed
 
 
 def test_killed_at_every_step(crash: Crash) -> None:
@@ -96,38 +18,6 @@ def test_killed_at_every_step(crash: Crash) -> None:
     for moment in crash.recording.moments:
         events = crash.resumed(moment.image)
         assert made_again(events) == [], moment
-
-
-def _stepwise(recording: Recording, stride: int) -> range:
-    return range(0, len(recording.moments), 1 if ALL else stride)
-
-
-@pytest.mark.parametrize(
-    ("code", "short", "stride"),
-    [(errno.ENOSPC, False, 4), (errno.EIO, False, 7), (errno.ENOSPC, True, 3)],
-)
-def test_a_step_that_fails(
-    crash: Crash,
-    code: int,
-    short: bool,
-    stride: int,
-) -> None:
-    failed, output = 0, crash.recording.folders[0]
-    for at in _stepwise(crash.recording, stride):
-        restore({}, *crash.recording.folders)
-        try:
-            with failing(at, OSError(code, os.strerror(code)), short=short) as done:
-                run_toy(crash.toy, output, **RUN)
-        except ScratchError as error:
-            said, failed = str(error), failed + 1
-            full = isinstance(error, DiskFullError)
-        else:
-            continue
-        assert "\n" not in said
-        assert full == (code == errno.ENOSPC)
-        assert ("the rest of the run needs" in said) == full, done[-1]
-        crash.resumed(look(*crash.recording.folders))
-    assert failed > len(_stepwise(crash.recording, stride)) * 0.9
 
 
 @settings(
@@ -200,36 +90,6 @@ def _the_first_name() -> Chooser:
         return int(names == [what])
 
     return choose
-
-
-def test_a_flipped_bit_is_mended_or_named(crash: Crash) -> None:
-    chooser, ends = random.Random(0), {"same": 0, "mended": 0, "refused": 0}
-    output, work = crash.recording.folders
-    for _ in range(EXAMPLES):
-        image = dict(chooser.choice(crash.recording.moments).image)
-        files = [path for path, content in image.items() if content]
-        if not files:
-            continue
-        path = chooser.choice(files)
-        content = bytearray(image[path] or b"")
-        content[chooser.randrange(len(content))] ^= 1 << chooser.randrange(8)
-        image[path] = bytes(content)
-        try:
-            mended = made_again(crash.resumed(image))
-        except AssertionError:
-            # Damage in an output that was finished is verify's to find.
-            if work.exists() or not (output / "rsq_stream.sha256").exists():
-                raise
-            continue
-        except RsqError as error:
-            named = path.name in str(error) or f"/{path.parent.name}:" in str(error)
-            assert named, (path, error)  # noqa: PT017  either end is sound
-            ends["refused"] += 1
-            run_toy(crash.toy, output, options={"restart": True}, **RUN)
-            assert contents(output) == crash.whole
-        else:
-            ends["mended" if mended else "same"] += 1
-    assert min(ends.values()) > EXAMPLES / 50, ends
 
 
 def test_the_recording_is_of_a_whole_run(crash: Crash) -> None:
