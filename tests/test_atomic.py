@@ -49,7 +49,8 @@ def test_a_name_comes_after_its_content_is_durable(
         steps.append("rename")
         return replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, synced, raising=False)
     monkeypatch.setattr(Path, "replace", renamed)
     expected = [f"{path}{PARTIAL}", "rename", str(tmp_path)]
     atomic.write_file(path, CONTENT)
@@ -63,13 +64,17 @@ def test_a_name_comes_after_its_content_is_durable(
     assert steps[-2:] == expected[-2:]
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("call", ["fdatasync", "fsync", "replace"])
 def test_a_failed_write_leaves_the_old_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     path = tmp_path / "config.json"
     atomic.write_file(path, b"old")
-    monkeypatch.setattr(Path if call == "replace" else os, call, _raise(errno.EIO))
+    if call == "fsync":  # of the file, where there is nothing less
+        monkeypatch.delattr(os, "fdatasync", raising=False)
+    monkeypatch.setattr(
+        Path if call == "replace" else os, call, _raise(errno.EIO), raising=False
+    )
     message = rf"^{path}: {os.strerror(errno.EIO)}$"
     with pytest.raises(ScratchError, match=message):
         atomic.write_file(path, CONTENT)

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,21 +46,22 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content survive a power cut."""
+    """Make a file's content, and its size, survive a power cut."""
+    # Its times need not: they would cost a commit of the file system's journal.
     with step("sync", path):
-        _sync(path, os.O_RDONLY)
+        _sync(path, os.O_RDONLY, getattr(os, "fdatasync", os.fsync))
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a power cut."""
     with step("sync folder", path):
-        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY, os.fsync)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync(path: Path, flags: int, sync: Callable[[int], None]) -> None:
     descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -36,7 +36,8 @@ def write_chunk(path: Path, content: NDArray[np.uint8], *, direct: bool) -> None
         rest: memoryview = content.data
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        os.ftruncate(descriptor, len(content))
+        if os.fstat(descriptor).st_size != len(content):
+            os.ftruncate(descriptor, len(content))
     finally:
         os.close(descriptor)
 
