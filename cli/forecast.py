@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rsq_stream.rates import Rates
     from rsq_stream.stage_meter import StageTaken
 
+HOLDS_MLP = ("mlp out", "outputs")
+"""What the stages' names begin with that keep the MLP's inner activations."""
+
 
 def forecast(made: Prepared) -> "Prediction | None":
     """Predict a run's seconds by what this machine does; None for a card not here."""
@@ -66,7 +69,9 @@ def compared(
         stage.name: {
             "predicted_s": seconds.get(stage.name),
             "measured_s": stage.seconds,
-            "predicted_host_bytes": always + memory[stage.name].host_bytes,
+            "predicted_host_bytes": always
+            + memory[stage.name].host_bytes
+            + execution.mlp_bytes * stage.name.startswith(HOLDS_MLP),
             "measured_host_bytes": stage.host_bytes,
             "predicted_device_bytes": memory[stage.name].device_bytes,
             "measured_device_bytes": stage.device_bytes,

@@ -113,7 +113,9 @@ def rows(made: Prepared) -> dict[str, str]:
         "device": f"{options.device}, {options.workers} threads,"
         f" {execution.in_flight} units in flight",
         **_gpu_memory(made),
-        "host memory": size(execution.working_bytes + resident_bytes(made)),
+        "host memory": size(
+            execution.working_bytes + resident_bytes(made) + execution.mlp_bytes
+        ),
         "tightest stage": execution.tightest.name,
         "scratch on disk": size(execution.scratch_bytes),
         "written in all": size(execution.written_bytes),

@@ -24,6 +24,10 @@ class ExecutionPlan:
     """Units between two barriers of a pass."""
     resident_units: int
     """Units of each slot that stay in host memory; the others go to disk."""
+    mlp_units: int
+    """Units whose MLP is not computed again for the block's outputs."""
+    mlp_bytes: int
+    """Host memory that these take, from the fourth stage to the outputs."""
     slots: int
     """Activation slots alive at once."""
     slot_bytes: int

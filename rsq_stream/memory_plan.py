@@ -73,6 +73,12 @@ class MemoryPlan:
         found.append(self._outputs(solved))
         return tuple(found)
 
+    @property
+    def mlp_unit_bytes(self) -> int:
+        """What a unit's u takes, of all streams, in the type that is computed in."""
+        values = self._unit_tokens * self.architecture.mlp_width
+        return self.plan.streams * self._compute_size * values
+
     def _made(self, name: str, device: int, host: int) -> StageMemory:
         """Put a stage together; without a GPU the host has the device's part too."""
         if self.on_gpu:

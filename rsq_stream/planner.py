@@ -111,6 +111,10 @@ def plan_execution(
     slots = 3 * plan.streams if plan.needs_calibration else 0
     spare = max(0, room.host_bytes - working)
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
+    mlp_units, mlp_unit_bytes = 0, memory.mlp_unit_bytes
+    if slots and resident == shape.units and not options.on_gpu:
+        spare -= resident * slots * shape.unit_bytes
+        mlp_units = min(shape.units, spare // mlp_unit_bytes)
     layouts = plan_layouts(checkpoint, architecture, plan)
     output_bytes = sum(layout.size_bytes for layout in layouts)
     source_bytes = sum(entry.size_bytes for entry in checkpoint.tensors.values())
@@ -123,6 +127,8 @@ def plan_execution(
     return ExecutionPlan(
         in_flight=memory.in_flight,
         resident_units=resident,
+        mlp_units=mlp_units,
+        mlp_bytes=mlp_units * mlp_unit_bytes,
         slots=slots,
         slot_bytes=shape.slot_bytes,
         working_bytes=working,

@@ -137,7 +137,8 @@ class _Work:
     def _outputs(self) -> float:
         shape = self.architecture
         down = 2.0 * self._tokens * shape.width * shape.mlp_width
-        one = self._forward(len(STAGES) - 1) + down / self.rates.products
+        again = 1 - self.execution.mlp_units / max(1, self.plan.units)
+        one = again * self._forward(len(STAGES) - 1) + down / self.rates.products
         disk = self._slot_read() + self._slot_written()
         return max(self.plan.streams * one, disk)
 

@@ -31,6 +31,8 @@ class Slots:
     x_next: Slot
     resident: int
     """Units whose attention output stays in memory; others compute it again."""
+    mlp_units: int
+    """The same of the MLP's inner activation."""
 
 
 STREAMS = ("", "full-")
@@ -55,6 +57,7 @@ class RunSlots:
             text = f"{work_dir}: no direct I/O here, so writes are buffered and fsynced"
             listener(Notice(text=text))
         self._resident = execution.resident_units
+        self._mlp_units = execution.mlp_units
         self._streams = [
             [
                 Slot(
@@ -81,6 +84,7 @@ class RunSlots:
                 h=turns[2],
                 x_next=turns[(block + 1) % 2],
                 resident=self._resident,
+                mlp_units=self._mlp_units,
             )
             for turns in self._streams
         ]

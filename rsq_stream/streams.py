@@ -39,6 +39,8 @@ class Stream:
     plan: QuantizationPlan
     _attention: dict[int, Tensor] = field(default_factory=dict)
     """Attention outputs of resident units, between the second and third stage."""
+    _mlp: dict[int, Tensor] = field(default_factory=dict)
+    """u of some units, between the fourth stage and the block's outputs."""
 
     def slot(self, stage: int) -> Slot:
         """Give the slot that a stage's pass reads."""
@@ -76,9 +78,11 @@ class Stream:
 
     def _mlp_out(self, unit: int, h_BTD: Tensor) -> StageInput:
         """Give u, by the present gate and up."""
-        del unit
         m_BTD = self.block.mlp_input(self._computed(h_BTD))
-        return StageInput(self.block.mlp_output(m_BTD), h_BTD)
+        u_BTI = self.block.mlp_output(m_BTD)
+        if unit < self.slots.mlp_units:
+            self._mlp[unit] = u_BTI
+        return StageInput(u_BTI, h_BTD)
 
     def replay_h(self, passes: Passes, index: int) -> None:
         """Write h once more, by the weights that the block holds."""
@@ -103,14 +107,19 @@ class Stream:
             pass
 
     def advance(self, passes: Passes, index: int) -> None:
-        """Write x', durably: the next block's input."""
+        """Write x', durably: the next block's input.
+
+        u may be at hand from the fourth stage: down alone has changed since.
+        """
         slots, device = self.slots, self.block.device
         slots.x_next.renew()
 
         def one(unit: int, h_BTD: Tensor) -> Tensor:
-            u_BTI, h_BTD_ = self._mlp_out(unit, h_BTD.to(device))
-            assert h_BTD_ is not None
-            return self._stored(self.block.after_mlp(self._computed(h_BTD_), u_BTI))
+            h_BTD, u_BTI = h_BTD.to(device), self._mlp.pop(unit, None)
+            if u_BTI is None:
+                u_BTI = self._mlp_out(unit, h_BTD).value_BTI
+                self._mlp.pop(unit, None)
+            return self._stored(self.block.after_mlp(self._computed(h_BTD), u_BTI))
 
         for run in passes.over([slots.h], index, "outputs", one):
             for unit, x_BTD in run:

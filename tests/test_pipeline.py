@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rsq_stream import block_solver
 from rsq_stream.algorithm.factor import Factor, factorise
@@ -17,6 +18,8 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import BudgetError, CheckpointError, NumericalError
 from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDone
 from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, STAGES
+from rsq_stream.model.block import Block
+from rsq_stream.planner import inspect_checkpoint
 from tests.toy import (
     Recorder,
     contents,
@@ -66,7 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "w2": {"options": {"workers": 2}},
     "w4": {"options": {"workers": 4}},
     "disk": {"execution": {"resident_units": 0}},
-    "mixed": {"execution": {"resident_units": 2, "in_flight": 2}},
+    "mixed": {"execution": {"resident_units": 2, "in_flight": 2, "mlp_units": 1}},
+    "again": {"execution": {"mlp_units": 0}},
     "w2-disk": {"options": {"workers": 2}, "execution": {"resident_units": 0}},
 }
 
@@ -99,6 +103,36 @@ def test_the_budget_decides_what_stays_in_memory_and_no_byte(
     assert execution_for(toy, plan, chosen).resident_units == resident
     run_toy(toy, tmp_path / "out", **ROUNDED, options=options)
     assert contents(tmp_path / "out") == rsq
+
+
+def test_what_more_memory_spares(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """u is kept once all slots are in memory, and then not computed again."""
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr("rsq_stream.memory_fit.psutil.Process", lambda: process)
+    plan, _ = plan_toy(toy, **ROUNDED)
+    free = execution_for(toy, plan, options_for(tmp_path / "out"))
+    assert free.mlp_units == plan.units
+    each = free.mlp_bytes // plan.units
+    all_slots = free.working_bytes + 3 * UNIT_BYTES * plan.units
+    for kept, ram in ((0, all_slots + each - 1), (2, all_slots + 2 * each)):
+        chosen = options_for(tmp_path / "out", ram_bytes=ram)
+        assert execution_for(toy, plan, chosen).mlp_units == kept
+    computed = 0
+
+    def counted(block: Block, m_BTD: Tensor) -> Tensor:
+        nonlocal computed
+        computed += 1
+        return original(block, m_BTD)
+
+    original = Block.mlp_output
+    monkeypatch.setattr(Block, "mlp_output", counted)
+    blocks = inspect_checkpoint(open_toy(toy)).blocks
+    for kept in (0, 2, plan.units):
+        computed, output = 0, tmp_path / str(kept)
+        run_toy(toy, output, **ROUNDED, execution={"mlp_units": kept})
+        assert computed == blocks * (2 * plan.units - kept)
 
 
 def test_a_budget_that_cannot_do_is_refused(toy: Path, tmp_path: Path) -> None:
