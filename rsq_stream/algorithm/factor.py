@@ -120,15 +120,21 @@ def _restore_hessian(matrix_II: Tensor, tiles: list[Tensor]) -> None:
 
 
 def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
-    """Turn the upper triangle into U and return D; None if H is not p.d."""
-    size = matrix_II.shape[0]
+    """Turn the upper triangle into U and return D; None if H is not p.d.
+
+    On a GPU the one look at the verdict comes last: after a tile that failed, NaN may
+    spread, but only above the diagonal tiles and within them. What H is restored from
+    is neither.
+    """
+    size, looks = matrix_II.shape[0], _looks_at_each_tile(matrix_II)
     scale_I = torch.empty_like(matrix_II.diagonal())
+    failed = torch.zeros((), dtype=torch.bool, device=matrix_II.device)
     for start in reversed(range(0, size, tile)):
         tile_CC = matrix_II[start : start + tile, start : start + tile]
-        if factor_tile(tile_CC) >= 0:
-            return None
+        failed |= factor_tile(tile_CC) >= 0
         root_C = tile_CC.diagonal().clone()
-        if not bool(torch.isfinite(root_C).all()):
+        failed |= ~torch.isfinite(root_C).all()
+        if looks and bool(failed):
             return None
         panel_IC = matrix_II[:start, start : start + tile]
         before = [slice(row, row + tile) for row in range(0, start, tile)]
@@ -138,7 +144,12 @@ def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
         panel_IC /= root_C
         tile_CC /= root_C
         scale_I[start : start + tile] = root_C.square()
-    return scale_I
+    return None if bool(failed) else scale_I
+
+
+def _looks_at_each_tile(matrix_II: Tensor) -> bool:
+    """Whether to stop at the first bad tile; for a GPU each look is a wait."""
+    return not matrix_II.is_cuda
 
 
 def _solve_panel(panel_IC: Tensor, tile_CC: Tensor, rows: slice) -> None:
