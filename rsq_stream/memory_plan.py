@@ -21,10 +21,13 @@ from rsq_stream.model.architecture import (
     Stage,
     role,
 )
+from rsq_stream.ops.transit import pinned_total, staged_bytes
 from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.schemes import HEAD_LINEAR
 
 FP32 = 4
+WRITES_H = 2
+"""The stage whose pass writes h (``streams.py``)."""
 QUERIES = 128
 """Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 PART_BYTES = FP32 << 26
@@ -76,6 +79,8 @@ class MemoryPlan:
     def _made(self, name: str, device: int, host: int) -> StageMemory:
         """Put a stage together; without a GPU the host has the device's part too."""
         if self.on_gpu:
+            if self.plan.needs_calibration:  # they are there all the time
+                host += pinned_total(*self._flight)
             return StageMemory(name, device, host)
         return StageMemory(name, 0, device + host)
 
@@ -130,6 +135,7 @@ class MemoryPlan:
             + self.in_flight * (held + errors)
             + concurrent * max(both + through, product)
         )
+        device += self._staged(plan.streams if number == WRITES_H else 0)
         host = self._solver_weights(solved) + self._host_units()
         return self._made(f"{stage.name}: pass", device, host)
 
@@ -171,6 +177,7 @@ class MemoryPlan:
         through = self._forward(len(STAGES) - 1) + 3 * held
         concurrent = min(self.workers, self.in_flight)
         device = self._weights(solved) + self.in_flight * held + concurrent * through
+        device += self._staged(1)
         return self._made("outputs: pass", device, self._host_units())
 
     def _forward(self, stage: int) -> int:
@@ -205,11 +212,15 @@ class MemoryPlan:
         return made + 2 * size * tokens * width  # x and what is added to it
 
     def _host_units(self) -> int:
-        """Count a unit read ahead and one waiting to be written, for each in flight."""
-        plan = self.plan
-        size = _itemsize(plan.cache_type)
-        unit = size * self._unit_tokens * self.architecture.width
-        return 2 * self.in_flight * plan.streams * unit
+        """Count a unit read ahead and one waiting to be written, for each in flight.
+
+        With a GPU they are in pinned buffers.
+        """
+        return 0 if self.on_gpu else 2 * prod(self._flight)
+
+    def _staged(self, written: int) -> int:
+        """Count units on a GPU, where so many streams are written."""
+        return staged_bytes(*self._flight, written) if self.on_gpu else 0
 
     def _weights(self, solved: list[str], *, used: bool = True) -> int:
         """Count the block as the passes see it: quantized, and full beside it.
@@ -261,6 +272,13 @@ class MemoryPlan:
     @property
     def _compute_size(self) -> int:
         return _itemsize(self.plan.compute_type)
+
+    @property
+    def _flight(self) -> tuple[int, int, int]:
+        """Bytes of a unit, units in flight, streams."""
+        size = _itemsize(self.plan.cache_type)
+        unit = size * self._unit_tokens * self.architecture.width
+        return unit, self.in_flight, self.plan.streams
 
     @property
     def _unit_tokens(self) -> int:
