@@ -26,6 +26,8 @@ from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.schemes import HEAD_LINEAR
 
 FP32 = 4
+_OUTSIDE, _READING = "embedding and head", "read and rotate"
+"""The stages in which no next block is read."""
 WRITES_H = 2
 """The stage whose pass writes h (``streams.py``)."""
 QUERIES = 128
@@ -60,6 +62,8 @@ class MemoryPlan:
     on_gpu: bool
     streams_weights: bool = False
     """On a GPU, a block's linears lie in host memory, and are fetched for each use."""
+    reads_ahead: bool = False
+    """On a GPU, the next block is read into host memory while this one computes."""
 
     def stages(self) -> tuple[StageMemory, ...]:
         """Give all stages, in their order."""
@@ -81,6 +85,8 @@ class MemoryPlan:
         if self.on_gpu:
             if self.plan.needs_calibration:  # they are there all the time
                 host += pinned_total(*self._flight)
+            if self.reads_ahead and name not in (_OUTSIDE, _READING):
+                host += self._stored
             return StageMemory(name, device, host)
         return StageMemory(name, 0, device + host)
 
@@ -90,19 +96,18 @@ class MemoryPlan:
         kept = self.plan.scheme(HEAD_LINEAR, width) is None
         copies = CHUNK_COPIES if kept else ROUNDED_CHUNK_COPIES
         chunk = FP32 * min(vocabulary, chunk_rows(width)) * width
-        return self._made("embedding and head", 0, copies * chunk)
+        return self._made(_OUTSIDE, 0, copies * chunk)
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""
         largest = max(self._entries(name) for name in LINEARS)
-        stored = self.source_type.itemsize * self._block_entries
         whole = FP32 * self._block_entries
         rotation = 0
         if self.plan.residual_rotation != "none":
             part = min(FP32 * largest, PART_BYTES) if self.on_gpu else FP32 * largest
             rotation = ROTATION_COPIES * part
         rotation = max(rotation, self.source_type.itemsize * largest)
-        return self._made("read and rotate", whole + rotation, stored)
+        return self._made(_READING, whole + rotation, self._stored)
 
     def _rounding(self) -> StageMemory:
         """Count for rounding alone the block in fp32, and a linear's errors in fp64."""
@@ -268,6 +273,10 @@ class MemoryPlan:
     @property
     def _block_entries(self) -> int:
         return sum(map(prod, self.architecture.block_shapes().values()))
+
+    @property
+    def _stored(self) -> int:
+        return self.source_type.itemsize * self._block_entries
 
     @property
     def _compute_size(self) -> int:

@@ -16,6 +16,7 @@ from rsq_stream.memory_fit import (
     DEVICE_OVERHEAD_BYTES,
     HOST_OVERHEAD_BYTES,
     fitted,
+    reading_ahead,
     room_for,
 )
 from rsq_stream.memory_plan import MemoryPlan
@@ -105,6 +106,10 @@ def plan_execution(
         ),
         room,
     )
+    if options.on_gpu and not options.evict_source:
+        # Elsewhere the compute would share its cores; and evicting, shards come in the
+        # order that blocks ask for them.
+        memory = reading_ahead(memory, room)
     stages = memory.stages()
     working = max(made.host_bytes for made in stages) + HOST_OVERHEAD_BYTES
     device = max(made.device_bytes for made in stages)
@@ -143,6 +148,7 @@ def plan_execution(
         and worth_trying(architecture, plan),
         used_bytes=room.used_bytes,
         streams_weights=memory.streams_weights,
+        reads_ahead=memory.reads_ahead,
         device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
         stages=stages,
     )
