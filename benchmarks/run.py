@@ -26,7 +26,8 @@ from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.packing import pack, unpack
 from rsq_stream.algorithm.solver import Solution, solve
 from rsq_stream.ops.pool import Pool, single_threaded_products
-from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
+from rsq_stream.storage.activations import Slot, has_direct_io
+from rsq_stream.storage.slot_shape import SlotShape
 
 TILE = 128
 

@@ -191,7 +191,7 @@ def set_up(
     compute = getattr(torch, plan.compute_type)
     rope = Rope(family, config, plan.sequence_length, compute, device)
     width, listener = architecture.width, passes.listener
-    slots = RunSlots(plan, width, execution, work_dir, listener)
+    slots = RunSlots(plan, width, execution, work_dir, listener, device)
     return BlockSetup(
         plan,
         importance,

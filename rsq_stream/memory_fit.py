@@ -77,6 +77,17 @@ def fitted(memory: MemoryPlan, room: Room) -> MemoryPlan:
     raise BudgetError(refusal)
 
 
+def reading_ahead(memory: MemoryPlan, room: Room) -> MemoryPlan:
+    """Have the next block read while one computes, where the host has room for it.
+
+    It comes before units that stay in memory: these are read beside the compute, while
+    a block would be waited for.
+    """
+    tried = replace(memory, reads_ahead=True)
+    need = max(made.host_bytes for made in tried.stages()) + HOST_OVERHEAD_BYTES
+    return tried if need <= room.host_bytes else memory
+
+
 def _device_shortage(memory: MemoryPlan, room: Room) -> str:
     """Say how much GPU memory would do; nothing where it fits."""
     tightest = max(memory.stages(), key=lambda made: made.device_bytes)

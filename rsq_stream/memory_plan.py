@@ -21,10 +21,15 @@ from rsq_stream.model.architecture import (
     Stage,
     role,
 )
+from rsq_stream.ops.transit import pinned_total, staged_bytes
 from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.schemes import HEAD_LINEAR
 
 FP32 = 4
+_OUTSIDE, _READING = "embedding and head", "read and rotate"
+"""The stages in which no next block is read."""
+WRITES_H = 2
+"""The stage whose pass writes h (``streams.py``)."""
 QUERIES = 128
 """Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 PART_BYTES = FP32 << 26
@@ -57,6 +62,8 @@ class MemoryPlan:
     on_gpu: bool
     streams_weights: bool = False
     """On a GPU, a block's linears lie in host memory, and are fetched for each use."""
+    reads_ahead: bool = False
+    """On a GPU, the next block is read into host memory while this one computes."""
 
     def stages(self) -> tuple[StageMemory, ...]:
         """Give all stages, in their order."""
@@ -73,15 +80,13 @@ class MemoryPlan:
         found.append(self._outputs(solved))
         return tuple(found)
 
-    @property
-    def mlp_unit_bytes(self) -> int:
-        """What a unit's u takes, of all streams, in the type that is computed in."""
-        values = self._unit_tokens * self.architecture.mlp_width
-        return self.plan.streams * self._compute_size * values
-
     def _made(self, name: str, device: int, host: int) -> StageMemory:
         """Put a stage together; without a GPU the host has the device's part too."""
         if self.on_gpu:
+            if self.plan.needs_calibration:  # they are there all the time
+                host += pinned_total(*self._flight)
+            if self.reads_ahead and name not in (_OUTSIDE, _READING):
+                host += self._stored
             return StageMemory(name, device, host)
         return StageMemory(name, 0, device + host)
 
@@ -91,19 +96,18 @@ class MemoryPlan:
         kept = self.plan.scheme(HEAD_LINEAR, width) is None
         copies = CHUNK_COPIES if kept else ROUNDED_CHUNK_COPIES
         chunk = FP32 * min(vocabulary, chunk_rows(width)) * width
-        return self._made("embedding and head", 0, copies * chunk)
+        return self._made(_OUTSIDE, 0, copies * chunk)
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""
         largest = max(self._entries(name) for name in LINEARS)
-        stored = self.source_type.itemsize * self._block_entries
         whole = FP32 * self._block_entries
         rotation = 0
         if self.plan.residual_rotation != "none":
             part = min(FP32 * largest, PART_BYTES) if self.on_gpu else FP32 * largest
             rotation = ROTATION_COPIES * part
         rotation = max(rotation, self.source_type.itemsize * largest)
-        return self._made("read and rotate", whole + rotation, stored)
+        return self._made(_READING, whole + rotation, self._stored)
 
     def _rounding(self) -> StageMemory:
         """Count for rounding alone the block in fp32, and a linear's errors in fp64."""
@@ -136,6 +140,7 @@ class MemoryPlan:
             + self.in_flight * (held + errors)
             + concurrent * max(both + through, product)
         )
+        device += self._staged(plan.streams if number == WRITES_H else 0)
         host = self._solver_weights(solved) + self._host_units()
         return self._made(f"{stage.name}: pass", device, host)
 
@@ -177,6 +182,7 @@ class MemoryPlan:
         through = self._forward(len(STAGES) - 1) + 3 * held
         concurrent = min(self.workers, self.in_flight)
         device = self._weights(solved) + self.in_flight * held + concurrent * through
+        device += self._staged(1)
         return self._made("outputs: pass", device, self._host_units())
 
     def _forward(self, stage: int) -> int:
@@ -211,11 +217,15 @@ class MemoryPlan:
         return made + 2 * size * tokens * width  # x and what is added to it
 
     def _host_units(self) -> int:
-        """Count a unit read ahead and one waiting to be written, for each in flight."""
-        plan = self.plan
-        size = _itemsize(plan.cache_type)
-        unit = size * self._unit_tokens * self.architecture.width
-        return 2 * self.in_flight * plan.streams * unit
+        """Count a unit read ahead and one waiting to be written, for each in flight.
+
+        With a GPU they are in pinned buffers.
+        """
+        return 0 if self.on_gpu else 2 * prod(self._flight)
+
+    def _staged(self, written: int) -> int:
+        """Count units on a GPU, where so many streams are written."""
+        return staged_bytes(*self._flight, written) if self.on_gpu else 0
 
     def _weights(self, solved: list[str], *, used: bool = True) -> int:
         """Count the block as the passes see it: quantized, and full beside it.
@@ -265,8 +275,19 @@ class MemoryPlan:
         return sum(map(prod, self.architecture.block_shapes().values()))
 
     @property
+    def _stored(self) -> int:
+        return self.source_type.itemsize * self._block_entries
+
+    @property
     def _compute_size(self) -> int:
         return _itemsize(self.plan.compute_type)
+
+    @property
+    def _flight(self) -> tuple[int, int, int]:
+        """Bytes of a unit, units in flight, streams."""
+        size = _itemsize(self.plan.cache_type)
+        unit = size * self._unit_tokens * self.architecture.width
+        return unit, self.in_flight, self.plan.streams
 
     @property
     def _unit_tokens(self) -> int:

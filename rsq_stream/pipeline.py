@@ -137,8 +137,9 @@ class _Run:
         )
         device = torch.device(options.device)
         self._source = Source(
-            checkpoint, self.architecture, plan, device, self._identity
+            checkpoint, self.architecture, plan, device, self._identity, passes.check
         )
+        self._reads_ahead = execution.reads_ahead
         self._outer = Outer(self._source, plan, passes.pool)
         self._move_to = mover(
             options,
@@ -230,6 +231,8 @@ class _Run:
         self._move_to(index)
         with meter.stage("read and rotate"):
             tensors = self._source.block(index)
+            if self._reads_ahead:
+                self._source.read_ahead(index + 1)
             self._output.write(self._source.unquantized(index, tensors))
         if self._setup is None:
             with meter.stage("round"):

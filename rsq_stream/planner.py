@@ -16,6 +16,7 @@ from rsq_stream.memory_fit import (
     DEVICE_OVERHEAD_BYTES,
     HOST_OVERHEAD_BYTES,
     fitted,
+    reading_ahead,
     room_for,
 )
 from rsq_stream.memory_plan import MemoryPlan
@@ -105,13 +106,17 @@ def plan_execution(
         ),
         room,
     )
+    if options.on_gpu and not options.evict_source:
+        # Elsewhere the compute would share its cores; and evicting, shards come in the
+        # order that blocks ask for them.
+        memory = reading_ahead(memory, room)
     stages = memory.stages()
     working = max(made.host_bytes for made in stages) + HOST_OVERHEAD_BYTES
     device = max(made.device_bytes for made in stages)
     slots = 3 * plan.streams if plan.needs_calibration else 0
     spare = max(0, room.host_bytes - working)
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
-    mlp_units, mlp_unit_bytes = 0, memory.mlp_unit_bytes
+    mlp_units, mlp_unit_bytes = 0, _mlp_unit_bytes(architecture, plan)
     if slots and resident == shape.units and not options.on_gpu:
         spare -= resident * slots * shape.unit_bytes
         mlp_units = min(shape.units, spare // mlp_unit_bytes)
@@ -149,9 +154,17 @@ def plan_execution(
         and worth_trying(architecture, plan),
         used_bytes=room.used_bytes,
         streams_weights=memory.streams_weights,
+        reads_ahead=memory.reads_ahead,
         device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
         stages=stages,
     )
+
+
+def _mlp_unit_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
+    """Give what a unit's u takes, of all streams, in the type that is computed in."""
+    compute: torch.dtype = getattr(torch, plan.compute_type)
+    values = plan.unit_sequences * plan.sequence_length * architecture.mlp_width
+    return plan.streams * compute.itemsize * values
 
 
 def _small_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:

@@ -154,8 +154,8 @@ class _Work:
             each = flops / self.rates.products + values / self.rates.values
             return tokens * each
         again = 1.0
-        if number == WRITES_H:  # the others have their attention's output in memory
-            again = 1 - self._resident
+        if number == WRITES_H and not self.on_gpu:
+            again = 1 - self._resident  # the others have their attention's output
         seconds = again * (self._projected() + self._scored(self.rates.scores))
         if number == WRITES_H:
             flops = 2.0 * tokens * shape.width * heads

@@ -16,9 +16,13 @@ from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import Listener, Notice
 from rsq_stream.execution import ExecutionPlan
+from rsq_stream.ops.side_stream import SideStream
+from rsq_stream.ops.transit import Inbound, Outbound, Transit
 from rsq_stream.storage import atomic
-from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
+from rsq_stream.storage.activations import Slot, has_direct_io
+from rsq_stream.storage.slot_shape import SlotShape
 
+CPU = torch.device("cpu")
 TURNS = ("even", "odd", "h")
 
 
@@ -49,7 +53,9 @@ class RunSlots:
         execution: ExecutionPlan,
         work_dir: Path,
         listener: Listener,
+        device: torch.device = CPU,
     ) -> None:
+        """Lay them out; those of a run on a GPU are read and written beside it."""
         self.shape = slot_shape(plan, width)
         with atomic.explained(work_dir):
             direct = has_direct_io(work_dir)
@@ -58,6 +64,17 @@ class RunSlots:
             listener(Notice(text=text))
         self._resident = execution.resident_units
         self._mlp_units = execution.mlp_units
+        self._transits: list[Transit] = []
+        if copies_aside(device):
+            sizes = self.shape.unit_bytes, execution.in_flight
+            self._transits = [
+                Transit(
+                    Inbound(SideStream(device), *sizes),
+                    Outbound(SideStream(device), *sizes),
+                )
+                for _ in range(plan.streams)
+            ]
+        ways: Sequence[Transit | None] = self._transits or [None] * plan.streams
         self._streams = [
             [
                 Slot(
@@ -66,10 +83,11 @@ class RunSlots:
                     self._resident,
                     execution.in_flight,
                     direct=direct,
+                    transit=transit,
                 )
                 for name in TURNS
             ]
-            for stream in STREAMS[: plan.streams]
+            for stream, transit in zip(STREAMS, ways, strict=False)
         ]
 
     def inputs_of(self, block: int) -> list[Slot]:
@@ -83,7 +101,9 @@ class RunSlots:
                 x=turns[block % 2],
                 h=turns[2],
                 x_next=turns[(block + 1) % 2],
-                resident=self._resident,
+                # To bring it from the host would take a GPU as long as to compute it,
+                # and would be waited for.
+                resident=0 if self._transits else self._resident,
                 mlp_units=self._mlp_units,
             )
             for turns in self._streams
@@ -91,9 +111,16 @@ class RunSlots:
 
     def close(self) -> None:
         """Stop the threads that read and write."""
+        for transit in self._transits:
+            transit.inbound.close()
         for turns in self._streams:
             for slot in turns:
                 slot.close()
+
+
+def copies_aside(device: torch.device) -> bool:
+    """Whether activations go to and from a device on streams of their own."""
+    return device.type == "cuda"
 
 
 def embed(

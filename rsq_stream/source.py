@@ -5,7 +5,7 @@ lies outside of them rounded once to the source's type. Embedding and head come 
 chunks of rows: of a large vocabulary neither is ever whole in memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from rsq_stream.model.rotate import ModelRotation
 from rsq_stream.packed_format import output_is_tied
 from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.storage.journal import SourceRecord
+from rsq_stream.storage.read_ahead import ReadAhead
 from rsq_stream.storage.shards import Checkpoint
 
 
@@ -40,14 +41,19 @@ class Source:
         plan: QuantizationPlan,
         device: torch.device,
         identity: SourceIdentity | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the checkpoint as it is; an identity is told of whatever is read."""
+        """Take the checkpoint as it is; an identity is told of whatever is read.
+
+        ``check`` may stop who waits for a block that is being read ahead.
+        """
         self._checkpoint = checkpoint
         self._identity = identity
         self._architecture = architecture
         self._plan = plan
         self._device = device
         self._rotation = _rotation(plan, architecture)
+        self._ahead = ReadAhead(self._read_block, check)
 
     def embedding(self) -> Iterator[Tensor]:
         """Give the embedding as the output stores it, some rows after the other."""
@@ -97,14 +103,24 @@ class Source:
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Read a block and rotate it; fp32, by the names in the block."""
+        read = self._ahead.take(index)
+        tensors = {name: read.pop(name).to(self._device).float() for name in list(read)}
+        return self._rotation.block(tensors) if self._rotation else tensors
+
+    def read_ahead(self, index: int) -> None:
+        """Read a block into host memory, as it is stored, before it is asked for."""
+        if index < self._architecture.blocks:
+            self._ahead.begin(index)
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        """Read a block's tensors, hashed and sound; any thread may."""
         names = list(self._architecture.block_shapes())
         read = self._checkpoint.read_many(block_prefix(index), names)
-        tensors = {
-            name: tensor.to(self._device).float()
+        return {
+            name: tensor
             for name in names
             for tensor in self._sound(block_prefix(index) + name, [read[name]])
         }
-        return self._rotation.block(tensors) if self._rotation else tensors
 
     def news(self) -> SourceRecord | None:
         """Give what was learnt of the source's content, to be journalled."""

@@ -15,7 +15,7 @@ from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.propagation import Drift, stream_error
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.model.architecture import STAGES
-from rsq_stream.passes import Passes, flat, require_finite
+from rsq_stream.passes import FiniteWatch, Passes, flat
 from rsq_stream.streams import StageInput, Stream
 from rsq_stream.token_importance import TokenImportance
 
@@ -88,6 +88,8 @@ class StageStatistics:
         hessian = Hessian(columns, plan.hessian_panel, device)
         drift, alone = None, None
         weight = self._stage_weight(first)
+        size = plan.sequences, plan.sequence_length
+        watch = FiniteWatch(self.index, stage.name, *size, device)
         if plan.streams > 1:
             # Linears that share their input share C - H; o and down have a G each.
             # The last stream holds the source's weights.
@@ -108,9 +110,7 @@ class StageStatistics:
             if number == 0:
                 self._weigh(unit, read[0], made[0])
             sequence = unit * plan.unit_sequences
-            u_TI = flat(
-                require_finite(made[0].value_BTI, self.index, stage.name, sequence)
-            )
+            u_TI = flat(watch.see(made[0].value_BTI, sequence))
             if drift is None:
                 return u_TI, None
             if not plan.residual_correction:
@@ -126,6 +126,7 @@ class StageStatistics:
                     (error, u_TI) for _, (u_TI, error) in run if error is not None
                 ]
                 drift.add(errors, self.passes.pool)
+        watch.require()
         return hessian, drift
 
     def _stage_weight(self, linear: str) -> Callable[[int], Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.model.block import Block
-from rsq_stream.passes import Passes, require_finite
+from rsq_stream.passes import FiniteWatch, Passes
 from rsq_stream.slots import Slots
 from rsq_stream.storage.activations import Slot
 
@@ -121,11 +121,13 @@ class Stream:
                 self._mlp.pop(unit, None)
             return self._stored(self.block.after_mlp(self._computed(h_BTD), u_BTI))
 
+        shape = slots.h.shape
+        watch = FiniteWatch(index, "outputs", shape.sequences, shape.tokens, device)
         for run in passes.over([slots.h], index, "outputs", one):
             for unit, x_BTD in run:
-                first = unit * slots.h.shape.unit_sequences
-                require_finite(x_BTD, index, "outputs", first)
+                watch.see(x_BTD, unit * shape.unit_sequences)
                 slots.x_next.write(unit, x_BTD, durable=True)
+        watch.require()
         slots.x_next.flush(durable=True)
         slots.h.clear()
 

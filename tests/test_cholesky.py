@@ -1,6 +1,8 @@
 """One tile by the loop and by the library, and the whole factor from its tiles."""
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.errors import NumericalError
 from rsq_stream.ops.cholesky import factor_tile, factor_tile_naive
-from rsq_stream.ops.pool import single_threaded_products
+from rsq_stream.ops.pool import Pool, single_threaded_products
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_size = pytest.mark.parametrize("size", [1, 2, 63, 128, 137])
 each_twin = pytest.mark.parametrize("twin", [factor_tile, factor_tile_naive])
-Twin = Callable[[Tensor], int]
+Twin = Callable[[Tensor], Tensor]
+LOOKS = "rsq_stream.algorithm.factor._looks_at_each_tile"
 
 
 def positive(size: int, decades: float = 2.0) -> Tensor:
@@ -175,22 +178,87 @@ def test_damping_grows_from_the_hessian_that_was_given(tile, size, device):
 
 
 @pytest.mark.parametrize("failing", range(1, 6))
-def test_damping_grows_whichever_tile_fails(failing, monkeypatch):
+@pytest.mark.parametrize("looks", [True, False])
+def test_damping_grows_whichever_tile_fails(failing, looks, monkeypatch):
+    """NaN from a failed tile spreads, where nobody looks, but H is there again."""
     matrix_II, calls = positive(137).float(), []
 
-    def fail_once(tile_CC: Tensor) -> int:
+    def fail_once(tile_CC: Tensor) -> Tensor:
         calls.append(tile_CC)
         if len(calls) == failing:
             tile_CC.fill_(torch.nan)
-            return 0
+            return torch.tensor(0)
         return factor_tile(tile_CC)
 
     direct = factor_of(matrix_II, tile=32, damping=0.1)
     monkeypatch.setattr("rsq_stream.algorithm.factor.factor_tile", fail_once)
+    monkeypatch.setattr(LOOKS, lambda _: looks)
     grown = factor_of(matrix_II, tile=32)
     assert (grown.attempts, grown.damping) == (2, 0.1)
-    assert len(calls) == failing + 5
+    assert len(calls) == (failing if looks else 5) + 5
     assert same_factor(grown, direct, 32)
+
+
+@pytest.mark.parametrize("size", [63, 137, 172])
+def test_one_look_at_the_end_gives_the_same(size, monkeypatch):
+    """What a GPU does, on the CPU: a Hessian that takes several attempts, and none."""
+    hard_II, bad_II = few_tokens(size), positive(size).float()
+    bad_II[0, size // 2] = -1e9
+    looked = factor_of(hard_II, tile=32, damping=1e-12)
+    assert looked.attempts > 1
+    monkeypatch.setattr(LOOKS, lambda _: False)
+    waited = factor_of(hard_II, tile=32, damping=1e-12)
+    assert (waited.attempts, waited.damping) == (looked.attempts, looked.damping)
+    assert same_factor(waited, looked, 32)
+    with pytest.raises(NumericalError, match="not positive definite even with 100000"):
+        factor_of(bad_II, tile=32)
+
+
+@pytest.mark.parametrize("damping", [0.01, 1e-12])
+def test_looks_do_not_grow_with_the_tiles(damping, monkeypatch):
+    """A tensor that becomes a number is a wait, on a GPU."""
+    looks: list[str] = []
+    for name in ("__bool__", "__int__", "__float__", "item"):
+        known = getattr(Tensor, name)
+
+        def counted(self: Tensor, known: Any = known, name: str = name) -> Any:
+            looks.append(name)
+            return known(self)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    monkeypatch.setattr(LOOKS, lambda _: False)
+    monkeypatch.setattr("rsq_stream.algorithm.factor.factor_tile", factor_tile_naive)
+    counts = []
+    for size in (137, 320):
+        looks.clear()
+        made = factor_of(few_tokens(size), tile=16, damping=damping)
+        counts.append(len(looks) - made.attempts)
+    assert counts[0] == counts[1] <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [137, 1000])
+def test_a_gpu_factors_without_a_wait(size):
+    """Not one, until the verdict; and NaN does not come through to the next attempt."""
+    device = torch.device("cuda")
+    factor_of(positive(size).float(), tile=32, device="cuda")  # libraries are loaded
+
+    def waits(matrix_II: Tensor, damping: float) -> tuple[int, int]:
+        hessian = Hessian(size, 32, device)
+        hessian.matrix_II.copy_(matrix_II)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                made = factorise(hessian, damping, 32, Pool(1))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return len([w for w in seen if "synchroniz" in str(w.message)]), made.attempts
+
+    for matrix_II, damping in ((positive(size), 0.01), (few_tokens(size), 1e-12)):
+        found, attempts = waits(matrix_II.float(), damping)
+        # The mean, the inputs that are dead, and each attempt's verdict.
+        assert found == 2 + attempts
 
 
 @each_device

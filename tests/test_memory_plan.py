@@ -130,7 +130,8 @@ def test_one_stage_by_hand(models: dict[str, Path]) -> None:
     weights = 2 * (block + attention + 2 * mlp * width)  # all but down are there twice
     statistics = 4 * (mlp * mlp + width * mlp)
     assert found.device_bytes == weights + statistics + 3 * 4 * 128 * mlp
-    assert found.host_bytes == 4 * mlp * width
+    # And for each stream, unit in flight and one more, two pinned buffers of a unit.
+    assert found.host_bytes == 4 * mlp * width + 2 * 2 * 2 * 2 * 4096 * width
 
 
 def test_a_host_that_computes_holds_all(models: dict[str, Path]) -> None:
@@ -176,7 +177,7 @@ def test_plan_answers_for_70b(models: dict[str, Path], run: Run) -> None:
     assert code == 0, err
     assert time.monotonic() - began < 15  # 5 s, on a machine that is not busy
     assert re.search(r"GPU memory +\d+\.\d\d GiB of 16\.00 GiB\n", out)
-    assert re.search(r"tightest stage +mlp out: solve down\n", out)
+    assert re.search(r"tightest stage +mlp out: pass\n", out)
 
 
 @pytest.mark.parametrize("option", ["--vram", "--ram"])

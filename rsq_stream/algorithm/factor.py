@@ -144,14 +144,20 @@ def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
     """Turn the upper triangle into U and return D; None if H is not p.d.
 
     By wide panels of tiles: what lies left of a panel is updated once by all of it.
+
+    On a GPU the one look at the verdict comes last: after a tile that failed, NaN may
+    spread, but only above the diagonal tiles and within them. What H is restored from
+    is neither.
     """
+    size, looks = matrix_II.shape[0], _looks_at_each_tile(matrix_II)
     scale_I = torch.empty_like(matrix_II.diagonal())
-    for first, end in reversed(wide_blocks(matrix_II.shape[0], tile)):
+    failed = torch.zeros((), dtype=torch.bool, device=matrix_II.device)
+    for first, end in reversed(wide_blocks(size, tile)):
         for start in reversed(range(first, end, tile)):
             tile_CC = matrix_II[start : start + tile, start : start + tile]
-            if factor_tile(tile_CC) >= 0:
-                return None
-            if not bool(torch.isfinite(tile_CC.diagonal()).all()):
+            failed |= factor_tile(tile_CC) >= 0
+            failed |= ~torch.isfinite(tile_CC.diagonal()).all()
+            if looks and bool(failed):
                 return None
             panel_IC = matrix_II[:start, start : start + tile]
             root_CC = tile_CC.triu()
@@ -168,7 +174,12 @@ def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
             columns = slice(start - first, start - first + tile)
             panel_IW[: start + tile, columns] /= root_W[columns]
         scale_I[first:end] = root_W.square()
-    return scale_I
+    return None if bool(failed) else scale_I
+
+
+def _looks_at_each_tile(matrix_II: Tensor) -> bool:
+    """Whether to stop at the first bad tile; for a GPU each look is a wait."""
+    return not matrix_II.is_cuda
 
 
 def _columns(first: int, end: int, tile: int) -> list[slice]:

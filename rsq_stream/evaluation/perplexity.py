@@ -27,8 +27,9 @@ from rsq_stream.model.block import Block
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.passes import Passes, require_finite
 from rsq_stream.row_chunks import chunk_rows
-from rsq_stream.storage.activations import Slot, SlotShape, has_direct_io
+from rsq_stream.storage.activations import Slot, has_direct_io
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.storage.slot_shape import SlotShape
 
 _UNIT_TOKENS = 2048
 _LOGIT_TOKENS = 256

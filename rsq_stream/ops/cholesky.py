@@ -9,33 +9,32 @@ from typing import no_type_check
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def factor_tile(tile_CC: Float[Tensor, "C C"]) -> int:
+def factor_tile(tile_CC: Float[Tensor, "C C"]) -> Int[Tensor, ""]:
     """Overwrite the upper triangle of a symmetric tile by R, ``A = R R^T``.
 
-    Only the upper triangle is read. Returns -1, or the index of the first pivot
-    (from the last row upward) that is not positive; the tile is then spoiled.
+    Only the upper triangle is read. Gives -1, or the index of the first pivot
+    (from the last row upward) that is not positive; the tile is then spoiled. The
+    answer stays where the tile is: whoever looks at it on a GPU waits for it.
     """
     if tile_CC.is_cuda:
         return factor_tile_naive(tile_CC)
     dense = np.ascontiguousarray(tile_CC.numpy())
     failed = int(_factor_tile(dense))
     tile_CC.copy_(torch.from_numpy(dense))
-    return failed
+    return torch.tensor(failed)
 
 
-def factor_tile_naive(tile_CC: Float[Tensor, "C C"]) -> int:
+def factor_tile_naive(tile_CC: Float[Tensor, "C C"]) -> Int[Tensor, ""]:
     """Do the same by the library's Cholesky, of the tile turned end to end."""
     symmetric_CC = tile_CC.triu() + tile_CC.triu(1).T
     lower_CC, info = torch.linalg.cholesky_ex(symmetric_CC.flip(0, 1))
-    if int(info):
-        return tile_CC.shape[0] - int(info)
     keep_CC = tile_CC.tril(-1)
     tile_CC.copy_(lower_CC.flip(0, 1) + keep_CC)
-    return -1
+    return torch.where(info > 0, tile_CC.shape[0] - info, -1)
 
 
 @numba.njit(nogil=True, cache=True)

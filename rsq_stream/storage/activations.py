@@ -14,9 +14,9 @@ checksum is kept, and checked when the chunk is read.
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsq_stream.errors import DamagedError
+from rsq_stream.ops.transit import Leaving, Transit
 from rsq_stream.storage import atomic
 from rsq_stream.storage.checksum import checksum
 from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
+from rsq_stream.storage.slot_shape import SlotShape
 from rsq_stream.storage.steps import step
 
 _STORED_AS = {
@@ -37,38 +39,6 @@ _STORED_AS = {
     torch.bfloat16: np.uint16,
     torch.float16: np.uint16,
 }
-
-
-@dataclass(frozen=True)
-class SlotShape:
-    """The shape of every slot of a run, and how it is cut into units."""
-
-    sequences: int
-    tokens: int
-    width: int
-    unit_sequences: int
-    dtype: torch.dtype
-
-    @property
-    def units(self) -> int:
-        """Chunks of a slot; the last one may hold fewer sequences."""
-        return -(-self.sequences // self.unit_sequences)
-
-    @property
-    def unit_bytes(self) -> int:
-        """Bytes of a full chunk."""
-        return self.unit_sequences * self.tokens * self.width * self.dtype.itemsize
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a whole slot."""
-        return self.sequences * self.tokens * self.width * self.dtype.itemsize
-
-    def unit_shape(self, unit: int) -> tuple[int, int, int]:
-        """Give the shape of one unit's activations."""
-        first = unit * self.unit_sequences
-        count = min(self.unit_sequences, self.sequences - first)
-        return count, self.tokens, self.width
 
 
 def has_direct_io(folder: Path) -> bool:
@@ -100,14 +70,26 @@ class Slot:
     """One array of activations; units below ``resident`` stay in memory."""
 
     def __init__(
-        self, folder: Path, shape: SlotShape, resident: int, depth: int, *, direct: bool
+        self,
+        folder: Path,
+        shape: SlotShape,
+        resident: int,
+        depth: int,
+        *,
+        direct: bool,
+        transit: Transit | None = None,
     ) -> None:
+        """Take an empty slot, or one whose checksums will be known.
+
+        With ``transit``, units come from a GPU and go there beside its compute.
+        """
         self.shape = shape
         self.folder = folder
         self.checksums: dict[int, int] = {}
         self._resident = resident
         self._depth = depth
         self._direct = direct
+        self._transit = transit
         self._memory: dict[int, Tensor] = {}
         self._made = False
         self._writes: deque[Future[None]] = deque()
@@ -127,15 +109,55 @@ class Slot:
             or x_BTD.dtype != self.shape.dtype
         ):
             raise ValueError(f"unit {unit}: {x_BTD.dtype} {tuple(x_BTD.shape)}")
+        to_disk = durable or unit >= self._resident
+        if self._transit is not None and self._transit.outbound.carries(x_BTD):
+            leaving = self._transit.outbound.take(x_BTD)
+            self._behind(self._land, unit, leaving, to_disk)
+            return
         if unit < self._resident:
             self._memory[unit] = x_BTD.to("cpu").contiguous()
-        if durable or unit >= self._resident:
+        if to_disk:
             content = self._staged(x_BTD)
             self.checksums[unit] = checksum(content.data)
-            with self._writing:
-                while len(self._writes) >= self._depth:
-                    self._writes.popleft().result()
-                self._writes.append(self._writer.submit(self._store, unit, content))
+            self._behind(self._store_staged, unit, content)
+
+    def _behind(self, work: Callable[..., None], *given: object) -> None:
+        """Have the writer's thread do it; as many as the depth wait for their turn."""
+        with self._writing:
+            # Handed over before an earlier one's error: what it holds is given back.
+            self._writes.append(self._writer.submit(work, *given))
+            while len(self._writes) > self._depth:
+                self._writes.popleft().result()
+
+    def _land(self, unit: int, leaving: Leaving, to_disk: bool) -> None:
+        """Keep what comes from the device: in memory, on disk, or both."""
+        count = prod(self.shape.unit_shape(unit)) * self.shape.dtype.itemsize
+        with leaving.landed() as buffer:
+            if unit < self._resident:
+                dense = buffer[:count].clone().view(self.shape.dtype)
+                self._memory[unit] = dense.view(self.shape.unit_shape(unit))
+            if to_disk:
+                buffer[count:].zero_()
+                content = buffer.numpy()
+                self.checksums[unit] = checksum(content.data)
+                self._store(unit, content)
+
+    def arriving(self, units: Iterable[int], in_flight: int) -> Iterator[Tensor]:
+        """Give units in order: on the GPU, where they go there beside its compute.
+
+        What is given holds for a run of ``in_flight`` (``ops/transit.py``).
+        """
+        if self._transit is None:
+            return self.read(units)
+        return self._transit.inbound.arriving(units, self._fill, in_flight)
+
+    def _fill(self, unit: int, buffer: Tensor) -> Tensor:
+        """Bring a unit into a buffer."""
+        if unit not in self._memory:
+            return self._load(unit, buffer.numpy())
+        x_BTD = self._memory[unit]
+        dense = buffer[: x_BTD.nbytes].view(x_BTD.dtype).view(x_BTD.shape)
+        return dense.copy_(x_BTD)
 
     def read(self, units: Iterable[int]) -> Iterator[Tensor]:
         """Give units in order, reading ahead of whoever takes them."""
@@ -234,19 +256,24 @@ class Slot:
                 raise damaged(self.folder)
         self._made = True
 
+    def _store_staged(self, unit: int, content: NDArray[np.uint8]) -> None:
+        self._store(unit, content)
+        self._buffers.append(content)
+
     def _store(self, unit: int, content: NDArray[np.uint8]) -> None:
         path = self._chunk_path(unit)
         with atomic.explained(path), step("write", path):
             self._require_array()
             write_chunk(path, content, direct=self._direct)
-        self._buffers.append(content)
 
-    def _load(self, unit: int) -> Tensor:
+    def _load(self, unit: int, into: NDArray[np.uint8] | None = None) -> Tensor:
         path, shape = self._chunk_path(unit), self.shape
         with atomic.explained(path):
             self._require_array()
             try:
-                content = read_chunk(path, shape.unit_bytes, direct=self._direct)
+                content = read_chunk(
+                    path, shape.unit_bytes, direct=self._direct, into=into
+                )
             except FileNotFoundError as error:
                 raise damaged(path) from error
         if len(content) != shape.unit_bytes or checksum(

@@ -42,8 +42,16 @@ def write_chunk(path: Path, content: NDArray[np.uint8], *, direct: bool) -> None
         os.close(descriptor)
 
 
-def read_chunk(path: Path, size_bytes: int, *, direct: bool) -> NDArray[np.uint8]:
+def read_chunk(
+    path: Path,
+    size_bytes: int,
+    *,
+    direct: bool,
+    into: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
     """Read a file; gives fewer bytes where it is shorter, and no more than asked for.
+
+    ``into`` is an aligned buffer of that size, where there is one already.
 
     Raises
     ------
@@ -52,7 +60,7 @@ def read_chunk(path: Path, size_bytes: int, *, direct: bool) -> NDArray[np.uint8
     """
     descriptor = os.open(path, os.O_RDONLY | _flag(size_bytes, direct=direct))
     try:
-        content, done = aligned_empty(size_bytes), 0
+        content, done = aligned_empty(size_bytes) if into is None else into, 0
         while done < size_bytes:
             count = os.readv(descriptor, [content[done:].data])
             if not count:
