@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -106,8 +107,13 @@ def upper_of(factor: Factor) -> Tensor:
 
 
 @each_device
-@each_size
-@pytest.mark.parametrize("tile", [7, 32, 63, 128, 172])
+@pytest.mark.parametrize(
+    ("size", "tile"),
+    [
+        *product((1, 2, 63, 128, 137), (7, 32, 63, 128, 172)),
+        *((1100, 63), (1100, 128), (1536, 128)),  # of several wide panels
+    ],
+)
 def test_factor_keeps_to_the_budget_of_the_library(tile, size, device):
     matrix_II = positive(size, decades=4)
     factor = factor_of(matrix_II, tile=tile, device=device)
@@ -124,7 +130,7 @@ def test_factor_keeps_to_the_budget_of_the_library(tile, size, device):
 
 
 @each_device
-@pytest.mark.parametrize("size", [63, 137])
+@pytest.mark.parametrize("size", [63, 137, 1100])
 @pytest.mark.parametrize("tile", [7, 32, 63, 172])
 def test_factor_keeps_the_hessian_beside_it(tile, size, device):
     matrix_II = positive(size).float()

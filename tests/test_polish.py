@@ -9,6 +9,7 @@ from torch import Tensor
 from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.algorithm.grid import Grid, decode
 from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.solver import Solution, solve
 from rsq_stream.ops.descent import descend, descend_naive
 from rsq_stream.ops.pool import Pool
@@ -20,6 +21,7 @@ CASES = [
     (5, 137, -1, 2, torch.float32),
     (40, 256, 64, 2, torch.bfloat16),
     (17, 128, 128, 4, torch.float16),
+    (9, 1120, 160, 3, torch.float32),
 ]
 """Outputs, inputs, group size, bits, stored type."""
 IDS = ["O{}-I{}-g{}-b{}-{}".format(*case) for case in CASES]
@@ -66,6 +68,19 @@ def test_the_factor_keeps_the_hessian(case: tuple[Any, ...], tile: int) -> None:
         columns_IW, among_WW = factor.pulls(one_II, start, end)
         assert torch.allclose(columns_IW, whole_II[:, start:end], rtol=1e-6, atol=1e-6)
         assert torch.equal(among_WW, columns_IW[start:end])
+
+
+@pytest.mark.parametrize("rows", [1, 63, 300])
+@pytest.mark.parametrize(("inputs", "tile"), [(137, 32), (1100, 64), (1100, 1024)])
+def test_losses_are_those_of_the_formula(rows: int, inputs: int, tile: int) -> None:
+    _, factor, whole_II = problem(2, inputs, tile)
+    undamped_II = whole_II.double().clone()
+    undamped_II.diagonal().sub_(factor.damp)
+    random = torch.Generator().manual_seed(rows)
+    parts = [torch.randn(rows, inputs, generator=random) for _ in range(3)]
+    expected = [float((p.double() @ undamped_II * p.double()).sum()) for p in parts]
+    found = weighted_losses(parts, factor)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

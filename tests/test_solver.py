@@ -141,6 +141,8 @@ def errors_of(weight_OI: Tensor, found: Solution, grid: Grid) -> tuple[Tensor, T
         (63, 128, 32, True),
         (63, 128, 64, False),
         (63, 256, 128, True),
+        (9, 1120, 160, True),
+        (9, 1100, -1, False),
     ],
     ids=lambda number: str(number),
 )
