@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.factor import Factor, factorise
+from rsq_stream.algorithm.factor import Factor, factorise, wide_blocks
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.errors import NumericalError
 from rsq_stream.ops.cholesky import factor_tile, factor_tile_naive
@@ -91,7 +91,7 @@ def test_tile_may_be_a_view(twin, device):
 def factor_of(
     matrix_II: Tensor, *, tile: int, damping: float = 0.01, device: str = "cpu"
 ) -> Factor:
-    """Factor a copy; below its tiles a Hessian holds nothing yet: poison."""
+    """Factor a copy; below its blocks a Hessian holds nothing yet: poison."""
     inputs = len(matrix_II)
     hessian = Hessian(inputs, 32, torch.device(device))
     hessian.matrix_II.copy_(matrix_II.triu())
@@ -136,11 +136,11 @@ def test_factor_keeps_the_hessian_beside_it(tile, size, device):
     matrix_II = positive(size).float()
     factor = factor_of(matrix_II, tile=tile, device=device)
     found_II = factor.matrix_II.cpu()
-    starts = range(0, size, tile)
-    assert len(factor.tiles) == len(starts)
-    for start, tile_CC in zip(starts, factor.tiles, strict=True):
-        rows = slice(start, start + tile)
-        assert torch.equal(tile_CC.cpu(), matrix_II[rows, rows])
+    runs = wide_blocks(size, tile)
+    assert len(factor.blocks) == len(runs)
+    for (start, end), block_WW in zip(runs, factor.blocks, strict=True):
+        rows = slice(start, end)
+        assert torch.equal(block_WW.cpu(), matrix_II[rows, rows])
         assert torch.equal(found_II[rows, :start], matrix_II[rows, :start])
 
 
@@ -155,14 +155,15 @@ def same_factor(first: Factor, second: Factor, tile: int) -> bool:
     """Whether all that is read of two factors is equal, bit for bit."""
     size = len(first.scale_I)
     index = torch.arange(size)
-    below = index[:, None] // tile > index // tile
+    wide = wide_blocks(size, tile)[0][1]
+    below = index[:, None] // wide > index // wide
     read = below | torch.ones(size, size).triu().bool()
     return all(
         torch.equal(a.cpu(), b.cpu())
         for a, b in [
             (first.matrix_II.cpu()[read], second.matrix_II.cpu()[read]),
             (first.scale_I, second.scale_I),
-            *zip(first.tiles, second.tiles, strict=True),
+            *zip(first.blocks, second.blocks, strict=True),
         ]
     )
 

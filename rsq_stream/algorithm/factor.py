@@ -30,9 +30,11 @@ class Factor:
     """The factor and the Hessian in one square matrix."""
 
     matrix_II: Float[Tensor, "I I"]
-    """Above the diagonal U, below the tiles on the diagonal H."""
-    tiles: list[Tensor]  # each [C, C]; the last may be smaller
-    """H's own tiles on the diagonal, undamped and whole."""
+    """Above the diagonal U, below the blocks on the diagonal H."""
+    blocks: list[Tensor]  # each [W, W]; the last may be smaller
+    """H's own blocks on the diagonal, some tiles wide, undamped and whole."""
+    tile: int
+    """Columns of a tile."""
     scale_I: Float[Tensor, "I"]
     """D: what an error of 1 in a column costs once later columns made up for it."""
     damping: float
@@ -45,13 +47,14 @@ class Factor:
     def hessian_block(self, start: int, end: int) -> Float[Tensor, "W W"]:
         """Give H + lambda I of some rows and columns, from the half that keeps H.
 
-        ``start`` and ``end`` are at ends of tiles.
+        ``start`` and ``end`` are at ends of blocks.
         """
-        tile = self.tiles[0].shape[0]
-        block_WW = self.matrix_II[start:end, start:end].clone()
-        for at in range(0, end - start, tile):
-            own, before = slice(at, at + tile), slice(0, at)
-            block_WW[own, own] = self.tiles[(start + at) // tile]
+        wide = self.blocks[0].shape[0]
+        block_WW = torch.empty_like(self.matrix_II[start:end, start:end])
+        for at in range(0, end - start, wide):
+            own, before = slice(at, at + wide), slice(0, at)
+            block_WW[own, own] = self.blocks[(start + at) // wide]
+            block_WW[own, before] = self.matrix_II[start:end, start:end][own, before]
             block_WW[before, own] = block_WW[own, before].T
         block_WW.diagonal().add_(self.damp)
         return block_WW
@@ -60,9 +63,9 @@ class Factor:
         self, error_RI: Float[Tensor, "R I"], start: int, end: int
     ) -> tuple[Float[Tensor, "R W"], Float[Tensor, "W W"]]:
         """Give some columns of E (H + lambda I), and H + lambda I among them."""
-        tile, inputs = self.tiles[0].shape[0], self.matrix_II.shape[0]
-        first = start - start % tile
-        last = min(-(-end // tile) * tile, inputs)
+        wide, inputs = self.blocks[0].shape[0], self.matrix_II.shape[0]
+        first = start - start % wide
+        last = min(-(-end // wide) * wide, inputs)
         own = slice(start - first, end - first)
         around_WW = self.hessian_block(first, last)
         pull_RW = error_RI[:, first:last] @ around_WW[:, own]
@@ -88,11 +91,11 @@ def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor
     mean = float(diagonal_I.double().mean())
     if not 0 <= mean < float("inf"):
         raise NumericalError("the Hessian holds NaN or infinity on its diagonal")
-    tiles = _keep_hessian(matrix_II, tile)
+    blocks = _keep_hessian(matrix_II, tile)
     share = damping
     for attempt in range(1, _ATTEMPTS + 1):
         if attempt > 1:
-            _restore_hessian(matrix_II, tiles)
+            _restore_hessian(matrix_II, blocks)
             share *= _GROWTH
         damp = share * mean if mean > 0 else 1.0
         matrix_II.diagonal().copy_(diagonal_I + damp)
@@ -100,7 +103,8 @@ def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor
         if scale_I is not None:
             return Factor(
                 matrix_II=matrix_II,
-                tiles=tiles,
+                blocks=blocks,
+                tile=tile,
                 scale_I=scale_I,
                 damping=share,
                 attempts=attempt,
@@ -114,22 +118,22 @@ def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor
 
 
 def _keep_hessian(matrix_II: Tensor, tile: int) -> list[Tensor]:
-    """Copy the upper triangle below the diagonal tiles, and those tiles aside."""
-    tiles = []
-    for start in range(0, matrix_II.shape[0], tile):
-        rows = slice(start, start + tile)
-        upper_CC = matrix_II[rows, rows].triu()
-        tiles.append(upper_CC + upper_CC.triu(1).T)
+    """Copy the upper triangle below the diagonal blocks, and those blocks aside."""
+    blocks = []
+    for start, end in wide_blocks(matrix_II.shape[0], tile):
+        rows = slice(start, end)
+        upper_WW = matrix_II[rows, rows].triu()
+        blocks.append(upper_WW + upper_WW.triu(1).T)
         matrix_II[rows, :start] = matrix_II[:start, rows].T
-    return tiles
+    return blocks
 
 
-def _restore_hessian(matrix_II: Tensor, tiles: list[Tensor]) -> None:
+def _restore_hessian(matrix_II: Tensor, blocks: list[Tensor]) -> None:
     """Bring H back into the upper triangle after a failed factorisation."""
     start = 0
-    for tile_CC in tiles:
-        rows = slice(start, start + tile_CC.shape[0])
-        matrix_II[rows, rows] = tile_CC
+    for block_WW in blocks:
+        rows = slice(start, start + block_WW.shape[0])
+        matrix_II[rows, rows] = block_WW
         matrix_II[:start, rows] = matrix_II[rows, :start].T
         start = rows.stop
 
@@ -146,7 +150,7 @@ def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
     By wide panels of tiles: what lies left of a panel is updated once by all of it.
 
     On a GPU the one look at the verdict comes last: after a tile that failed, NaN may
-    spread, but only above the diagonal tiles and within them. What H is restored from
+    spread, but only above the diagonal blocks and within them. What H is restored from
     is neither.
     """
     size, looks = matrix_II.shape[0], _looks_at_each_tile(matrix_II)

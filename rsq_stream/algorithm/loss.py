@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from rsq_stream.algorithm.factor import Factor, wide_blocks
+from rsq_stream.algorithm.factor import Factor
 
 _FEW_ROWS = 256
 """Up to so many rows, several matrices are put below each other: a product of few
@@ -24,18 +24,18 @@ def weighted_losses(
 
 
 def _row_losses(error_NI: Float[Tensor, "N I"], factor: Factor) -> Float64[Tensor, "N"]:
-    """Compute e H e^T of each row: by wide blocks of columns, twice what is below."""
-    tiles, matrix_II = factor.tiles, factor.matrix_II
-    tile = tiles[0].shape[0]
+    """Compute e H e^T of each row: by blocks of columns, twice what is below."""
     total_N = torch.zeros(
         error_NI.shape[0], dtype=torch.float64, device=error_NI.device
     )
-    for start, end in wide_blocks(error_NI.shape[1], tile):
-        product_NW = (2 * error_NI[:, end:]) @ matrix_II[end:, start:end]
-        for at in range(start, end, tile):
-            own, after = slice(at, min(at + tile, end)), slice(at + tile, end)
-            product_NC = product_NW[:, at - start : own.stop - start]
-            product_NC.addmm_(error_NI[:, own], tiles[at // tile])
-            product_NC.addmm_(error_NI[:, after], matrix_II[after, own], alpha=2)
-        total_N += (error_NI[:, start:end] * product_NW).sum(1, dtype=torch.float64)
+    start = 0
+    for block_WW in factor.blocks:
+        end = start + block_WW.shape[0]
+        error_NW = error_NI[:, start:end]
+        below_WW = factor.matrix_II[end:, start:end]
+        product_NW = torch.addmm(
+            error_NW @ block_WW, error_NI[:, end:], below_WW, alpha=2
+        )
+        total_N += (error_NW * product_NW).sum(1, dtype=torch.float64)
+        start = end
     return total_N

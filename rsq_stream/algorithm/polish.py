@@ -65,7 +65,7 @@ class Polish:
     def _width(self) -> int:
         """Columns that are improved at a time: a group's, or a tile's."""
         if self.group_size == -1:
-            return self.factor.tiles[0].shape[0]
+            return self.factor.tile
         return self.group_size
 
     def _improve(

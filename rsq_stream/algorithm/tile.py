@@ -115,7 +115,7 @@ def _sweep_tile(
     ``given`` are scale and zero point of each row; without them, groups have their own.
     """
     rows, inputs = weight_RI.shape
-    block = factor.tiles[0].shape[0] if group_size == -1 else group_size
+    block = factor.tile if group_size == -1 else group_size
     groups = 1 if group_size == -1 else inputs // group_size
     error_RI = torch.empty_like(weight_RI)
     nearest_error_RI = torch.empty_like(weight_RI)
