@@ -17,8 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from rsq_stream.errors import OutputError
+from rsq_stream.events import Event
 from rsq_stream.storage import steps
-from tests.toy import run_toy
+from tests.toy import Recorder, contents, run_toy
 
 TOY: dict[str, Any] = {
     "width": 32,
@@ -262,3 +264,36 @@ def failing(at: int, error: OSError, *, short: bool = False) -> Iterator[list[st
 
     with steps.observed(strike):
         yield done
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A toy, its output in one go, and the disk at each step of the way there."""
+
+    toy: Path
+    recording: Recording
+    whole: dict[str, bytes]
+
+    def __repr__(self) -> str:
+        return "Crash()"  # hypothesis prints it
+
+    def resumed(self, image: Image) -> list[Event]:
+        """Make a crash's disk and run again: whole, and no journalled block repeated.
+
+        Gives what was said.
+        """
+        output, work = self.recording.folders
+        restore(image, output, work)
+        recorder = Recorder()
+        try:
+            summary = run_toy(self.toy, output, listener=recorder, **RUN)
+        except OutputError as error:
+            if "holds a finished output" not in str(error):
+                raise
+            # It died removing its work folder, the journal already gone.
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            assert summary.resumed_at == blocks_done(image)
+        assert contents(output) == self.whole
+        assert not work.exists()
+        return recorder.events

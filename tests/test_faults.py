@@ -6,32 +6,29 @@
 import errno
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rsq_stream.errors import DiskFullError, OutputError, RsqError, ScratchError
+from rsq_stream.errors import DiskFullError, RsqError, ScratchError
 from rsq_stream.events import Event, Notice
 from tests.faults import (
     RUN,
     TOY,
     Chooser,
-    Image,
+    Crash,
     Ledger,
     Recording,
-    blocks_done,
     failing,
     look,
     replayed,
     restore,
 )
-from tests.toy import Recorder, contents, quick_folder, run_toy, toy_checkpoint
+from tests.toy import contents, quick_folder, run_toy, toy_checkpoint
 
 ALL = bool(os.environ.get("RSQ_ALL_FAULTS"))
 EXAMPLES = 1000 if ALL else 150
@@ -43,39 +40,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = quick_folder() or tmp_path_factory.mktemp("faults")
     with tempfile.TemporaryDirectory(prefix="rsq-stream-", dir=folder) as made:
         yield Path(made)
-
-
-@dataclass(frozen=True)
-class Crash:
-    """A toy, its output in one go, and the disk at each step of the way there."""
-
-    toy: Path
-    recording: Recording
-    whole: dict[str, bytes]
-
-    def __repr__(self) -> str:
-        return "Crash()"  # hypothesis prints it
-
-    def resumed(self, image: Image) -> list[Event]:
-        """Make a crash's disk and run again: whole, and no journalled block repeated.
-
-        Gives what was said.
-        """
-        output, work = self.recording.folders
-        restore(image, output, work)
-        recorder = Recorder()
-        try:
-            summary = run_toy(self.toy, output, listener=recorder, **RUN)
-        except OutputError as error:
-            if "holds a finished output" not in str(error):
-                raise
-            # It died removing its work folder, the journal already gone.
-            shutil.rmtree(work, ignore_errors=True)
-        else:
-            assert summary.resumed_at == blocks_done(image)
-        assert contents(output) == self.whole
-        assert not work.exists()
-        return recorder.events
 
 
 @pytest.fixture(scope="module")
