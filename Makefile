@@ -53,9 +53,14 @@ test-gpu: $(READY) ## the tests that need a CUDA device
 bench: $(READY) ## benchmarks on the CPU
 	$(PY) benchmarks/run.py $(ARGS)
 
-bench-gpu: $(READY) ## benchmarks on a CUDA device
+# Some minutes. The largest: make bench-gpu SHAPE="--shape 70B --samples 128
+# --sequence-length 2048 --vram 20GiB --ram 100GiB", and again with --ram 8GiB.
+SHAPE ?= --shape 8B --samples 16 --sequence-length 2048
+
+bench-gpu: $(READY) ## benchmarks on a CUDA device (SHAPE="--shape 70B ..." for others)
 	$(PY) benchmarks/kernels.py --device cuda
 	$(PY) benchmarks/run.py --device cuda $(ARGS)
+	$(PY) benchmarks/shapes.py --device cuda $(SHAPE)
 
 clean: ## remove builds and caches (not .venv, not the work folder of a run)
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

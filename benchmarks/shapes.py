@@ -3,6 +3,13 @@
     python benchmarks/shapes.py [--shape 8B] [--blocks 1] [--samples 4]
         [--sequence-length 256] [--bits 2] [--ram 12GiB] [--device cpu] [--only-plan]
 
+On a GPU it also says how busy that was, and how long the whole model would take. A 70B
+model in 20 GiB, activations in host memory and then on disk (TMPDIR says which one):
+
+    python benchmarks/shapes.py --device cuda --shape 70B --blocks 1 --samples 128
+        --sequence-length 2048 --vram 20GiB --ram 100GiB
+    ... the same with --ram 8GiB
+
 Writes a checkpoint of Llama-3's 8B, 70B or 405B shape, but with few blocks, into a
 temporary folder, quantizes it in a process of its own, and prints what the plan said
 beside what was measured. The weights are random, so nothing is said about quality.
@@ -16,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rsq_stream.model.architecture import block_prefix, read_architecture
+from rsq_stream.storage.activations import has_direct_io
+from rsq_stream.storage.atomic import sync_file
+from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
 
 SHAPES = {
     "8B": (4096, 14336, 32, 8),
@@ -33,16 +44,19 @@ SHAPES = {
     "405B": (16384, 53248, 128, 8),
 }
 """Width, MLP width, heads, KV heads (the models' config.json)."""
+BLOCKS = {"8B": 32, "70B": 80, "405B": 126}
+OUTSIDE = "embedding and head"
 VOCABULARY = 128256
 _WORDS = 512
 _PART = 1 << 24
+_RAW_BYTES = 512 << 20
 MIB = 1 << 20
 
 
-def write_model(folder: Path, shape: str, blocks: int) -> None:
-    """Write config, tokenizer and one shard, tensor by tensor."""
+def config_of(shape: str, blocks: int) -> dict[str, Any]:
+    """Give config.json of a model of so many blocks."""
     width, mlp, heads, kv_heads = SHAPES[shape]
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": width,
@@ -56,6 +70,11 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
         "rope_theta": 500000.0,
         "torch_dtype": "bfloat16",
     }
+
+
+def write_model(folder: Path, shape: str, blocks: int) -> None:
+    """Write config, tokenizer and one shard, tensor by tensor."""
+    config = config_of(shape, blocks)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     words = {f"w{n}": n for n in range(_WORDS)}
@@ -92,6 +111,24 @@ def write_text(path: Path, words: int) -> None:
     path.write_text(" ".join(f"w{n}" for n in picked))
 
 
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """Give bytes a second that a file is read and durably written with, raw."""
+    direct, path = has_direct_io(folder), folder / "raw"
+    content = aligned_empty(_RAW_BYTES)
+    content.fill(1)
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        write_chunk(path, content, direct=direct)
+        sync_file(path)
+        middle = time.perf_counter()
+        read_chunk(path, _RAW_BYTES, direct=direct)
+        spent.append((time.perf_counter() - middle, middle - began))
+    path.unlink()
+    read_s, written_s = (min(each) for each in zip(*spent, strict=True))
+    return _RAW_BYTES / read_s, _RAW_BYTES / written_s
+
+
 class Watch:
     """The peaks of a process and its work folder, looked at ten times a second."""
 
@@ -118,20 +155,14 @@ class Watch:
         self._thread.join()
 
 
-def call(arguments: list[str], scratch: Path) -> tuple[dict[str, Any], Watch, int]:
-    """Run a command with --json; gives what it says, its peaks, and bytes written."""
-    program = (
-        "import sys\n"
-        "from rsq_stream.cli.main import main\n"
-        "try:\n"
-        "    main(sys.argv[1:])\n"
-        "finally:\n"
-        "    import psutil\n"
-        "    written = psutil.Process().io_counters().write_bytes\n"
-        "    print(f'wrote {written}', file=sys.stderr)\n"
-    )
+def call(
+    arguments: list[str], scratch: Path, *, kernels: bool = False
+) -> tuple[dict[str, Any], Watch]:
+    """Run a command with --json; gives what it and its watch say, and its peaks."""
+    program = [str(Path(__file__).with_name("watched_run.py"))]
+    program += ["--kernels"] * kernels
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments, "--json"],
+        [sys.executable, *program, *arguments, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -142,20 +173,26 @@ def call(arguments: list[str], scratch: Path) -> tuple[dict[str, Any], Watch, in
     watch.close()
     if process.returncode:
         sys.exit(err)
-    written = int(err.rpartition("wrote ")[2])
-    return json.loads(out), watch, written
+    seen = json.loads(err.strip().rpartition("\n")[2])
+    return json.loads(out) | seen, watch
 
 
-def report(planned: dict[str, Any], made: dict[str, Any], watch: Watch, w: int) -> None:
+def report(planned: dict[str, Any], made: dict[str, Any], watch: Watch) -> None:
     """Print plan against measured: the run as a whole, then by stage."""
     execution = made["execution"]
     host = max(row["predicted_host_bytes"] for row in made["stages"].values())
     rows = [
         ("host memory", host, watch.resident),
         ("scratch on disk", execution["scratch_bytes"], watch.scratch),
-        ("written in all", execution["written_bytes"], w),
+        ("written in all", execution["written_bytes"], made["written_bytes"]),
         ("output shards", execution["output_bytes"], made["shard_bytes"]),
     ]
+    device = [
+        max(row[f"{how}_device_bytes"] for row in made["stages"].values())
+        for how in ("predicted", "measured")
+    ]
+    if any(device):
+        rows.insert(0, ("GPU memory, by the allocator", *device))
     print("| | planned, MiB | measured, MiB | ratio |\n|---|---|---|---|")
     for name, expected, found in rows:
         ratio = found / expected
@@ -163,15 +200,77 @@ def report(planned: dict[str, Any], made: dict[str, Any], watch: Watch, w: int) 
     seconds = planned["predicted_seconds"]
     print(f"| seconds | {seconds:.1f} | {made['seconds']:.1f} | ", end="")
     print(f"{made['seconds'] / seconds:.2f} |\n")
-    kind = (
-        "device" if made["stages"]["outputs: pass"]["measured_device_bytes"] else "host"
+    on_gpu = bool(made["stages"]["outputs: pass"]["measured_device_bytes"])
+    kind, busy = "device" if on_gpu else "host", made["busy"]
+    print(
+        "| stage | predicted, s | took, s | planned, MiB | peak, MiB | GPU has work |"
     )
-    print("| stage | predicted, s | took, s | planned, MiB | peak, MiB |")
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|")
     for name, row in made["stages"].items():
         memory = (row[f"{how}_{kind}_bytes"] / MIB for how in ("predicted", "measured"))
         took = f"{row['predicted_s']:.1f} | {row['measured_s']:.1f}"
-        print(f"| {name} | {took} | {' | '.join(f'{m:.0f}' for m in memory)} |")
+        memory_text = " | ".join(f"{m:.0f}" for m in memory)
+        share = f"{busy[name]:.0%}" if name in busy else "-"
+        print(f"| {name} | {took} | {memory_text} | {share} |")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a block took, and what it could not have been faster than."""
+
+    block_s: float
+    outside_s: float
+    compute_s: float
+    """The GPU had work."""
+    moved_bytes: int
+    """Read and written in a block: activations that are not in memory, and shards."""
+    disk_s: float
+
+    @property
+    def floor_s(self) -> float:
+        """Give the longer of compute and disk."""
+        return max(self.compute_s, self.disk_s)
+
+
+def pace_of(
+    made: dict[str, Any], shape: str, blocks: int, read: float, written: float
+) -> Pace:
+    """Give a run's pace; the disk reads and writes so many bytes a second.
+
+    A block's passes read five slots of each stream and write two, durably.
+    """
+    plan, execution = made["plan"], made["execution"]
+    stages = {name: row["measured_s"] for name, row in made["stages"].items()}
+    outside_s = stages.pop(OUTSIDE)
+    busy_s = sum(made["busy"].get(name, 0.0) * s for name, s in stages.items())
+    streams, slot = execution["slots"] // 3, execution["slot_bytes"]
+    units = -(-plan["samples"] * plan["expand"] // plan["unit_sequences"])
+    on_disk = 1 - execution["resident_units"] / units
+    sizes = read_architecture(config_of(shape, blocks), "here").block_shapes()
+    weights = sum(map(prod, sizes.values()))
+    reads = int(5 * streams * slot * on_disk) + 2 * weights
+    writes = 2 * streams * slot + weights * plan["bits"] // 8
+    return Pace(
+        block_s=sum(made["block_s"]) / blocks,
+        outside_s=outside_s,
+        compute_s=busy_s / blocks,
+        moved_bytes=reads + writes,
+        disk_s=reads / read + writes / written,
+    )
+
+
+def report_pace(made: dict[str, Any], pace: Pace, shape: str) -> None:
+    """Print what a block takes, against its floor, and what the whole model would."""
+    print(f"\na block: {pace.block_s:.1f} s, of which the GPU had work", end=" ")
+    print(f"{pace.compute_s:.1f} s ({pace.compute_s / pace.block_s:.0%})")
+    if "kernel_s" in made:
+        share = made["kernel_s"] / made["seconds"]
+        print(f"kernels alone: {made['kernel_s']:.1f} s of the run, {share:.0%}")
+    print(f"disk: {pace.moved_bytes / 2**30:.2f} GiB, {pace.disk_s:.1f} s at its rate")
+    ratio = pace.block_s / max(pace.floor_s, 1e-9)
+    print(f"a block takes {ratio:.2f} of the longer of compute and disk")
+    whole_s = pace.outside_s + BLOCKS[shape] * pace.block_s
+    print(f"{BLOCKS[shape]} blocks, embedding and head: {whole_s / 3600:.2f} hours")
 
 
 def main() -> None:
@@ -189,6 +288,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only-plan", action="store_true")
+    parser.add_argument(
+        "--kernels", action="store_true", help="profile them (takes host memory)"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rsq-stream-shapes-") as root:
         folder, text = Path(root) / "model", Path(root) / "text.txt"
@@ -205,16 +307,20 @@ def main() -> None:
         if given.threads:
             options += ["--threads", str(given.threads)]
         work = output.with_name("out.work")
-        planned, _, _ = call(["plan", *options], work)
+        planned, _ = call(["plan", *options], work)
         if given.only_plan:
             print(json.dumps(planned["execution"], indent=2))
             return
-        made, watch, written = call(["quantize", *options], work)
+        made, watch = call(["quantize", *options], work, kernels=given.kernels)
         shards = output.glob("*.safetensors")
         made["shard_bytes"] = sum(path.stat().st_size for path in shards)
         print(f"{given.shape} shape, {given.blocks} blocks, {given.samples} windows of")
         print(f"{given.sequence_length} tokens, {given.bits} bits, {given.device}\n")
-        report(planned, made, watch, written)
+        report(planned, made, watch)
+        if given.device.startswith("cuda"):
+            read, written = disk_rates(Path(root))
+            pace = pace_of(made, given.shape, given.blocks, read, written)
+            report_pace(made, pace, given.shape)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the tokens' weights after the first stage, h after the third.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -40,6 +41,8 @@ class BlockProgress:
     """Each stream's h."""
     source: Source
     work_dir: Path
+    settle: Callable[[], None]
+    """Waits for codes that are still on their way to the output."""
 
     def finish_stage(
         self,
@@ -49,6 +52,7 @@ class BlockProgress:
         token_weights: TokenWeights,
     ) -> None:
         """Make a stage's bytes durable, then journal it."""
+        self.settle()
         chunks = {}
         if stage == 0:
             chunks[TOKEN_WEIGHTS] = {index: self.write_token_weights(token_weights)}

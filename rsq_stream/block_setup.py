@@ -1,6 +1,6 @@
 """Open a block of a run: its module filled, its solver, as far as it was done."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import encode_linear
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
-from rsq_stream.slots import RunSlots, embed
+from rsq_stream.slots import RunSlots, copy_stream, embed
 from rsq_stream.source import Source
 from rsq_stream.stage_statistics import StageStatistics
 from rsq_stream.storage.journal import Journal
@@ -39,6 +39,7 @@ from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
 from rsq_stream.token_importance import TokenImportance, make_importance
 from rsq_stream.trial import try_largest
+from rsq_stream.write_behind import WriteBehind
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class BlockSetup:
     work_dir: Path
     streams_weights: bool
     """Weights of linears lie in host memory, and are fetched for each use."""
+    codes: WriteBehind
+    """What the solver's codes go through on their way to the output."""
 
     @property
     def progress(self) -> BlockProgress:
@@ -70,7 +73,13 @@ class BlockSetup:
             [slots.h for slots in self.slots.of_block(0)],
             self.source,
             self.work_dir,
+            self.codes.settle,
         )
+
+    def close(self) -> None:
+        """Stop the threads that read and write."""
+        self.codes.close()
+        self.slots.close()
 
     def embed(self, windows: Windows) -> None:
         """Write the first block's input, durably, from the output's embedding.
@@ -154,7 +163,7 @@ class BlockSetup:
             grids,
             self.plan,
             self.passes,
-            keeper(index, self.plan, self.source, self.output),
+            keeper(index, self.plan, self.source, self.codes.write),
             partial(progress.finish_stage, index),
             StageStatistics(
                 index, streams, self.plan, self.passes, self.importance, known_BT
@@ -206,11 +215,15 @@ def set_up(
         passes,
         work_dir,
         execution.streams_weights,
+        WriteBehind(output, copy_stream(device)),
     )
 
 
 def keeper(
-    index: int, plan: QuantizationPlan, source: Source, output: OutputFolder
+    index: int,
+    plan: QuantizationPlan,
+    source: Source,
+    write: Callable[[dict[str, Tensor]], None],
 ) -> Keep:
     """Give what writes a block's solutions to the output, packed."""
     types = source.linear_types(index)
@@ -219,7 +232,7 @@ def keeper(
         name = block_prefix(index) + linear
         scheme = plan.scheme(name, solution.code_OI.shape[1])
         assert scheme is not None
-        output.write(encode_linear(name, solution, scheme, types[linear]))
+        write(encode_linear(name, solution, scheme, types[linear]))
 
     return keep
 

@@ -13,12 +13,14 @@ import torch
 
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import StageMemory
+from rsq_stream.forward_memory import forward_bytes
 from rsq_stream.model.architecture import (
     EMBEDDING,
     LINEARS,
     STAGES,
     Architecture,
     Stage,
+    block_prefix,
     role,
 )
 from rsq_stream.ops.transit import pinned_total, staged_bytes
@@ -30,8 +32,6 @@ _OUTSIDE, _READING = "embedding and head", "read and rotate"
 """The stages in which no next block is read."""
 WRITES_H = 2
 """The stage whose pass writes h (``streams.py``)."""
-QUERIES = 128
-"""Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 PART_BYTES = FP32 << 26
 """What a GPU rotates at a time (``model/rotate.py``)."""
 CHUNK_COPIES, ROUNDED_CHUNK_COPIES = 7, 18
@@ -173,6 +173,10 @@ class MemoryPlan:
         if plan.streams > 1:
             target += 3 * FP32 * whole  # the correction by tile, whole, and the sum
         host = self._solver_weights(solved) + target
+        if self.on_gpu:  # codes on their way to the output, of the linear before too
+            packed = max(map(self._packed, stage.linears))
+            host += packed
+            device += packed if len(stage.linears) > 1 else 0
         return self._made(f"{stage.name}: solve {role(linear)}", device, host)
 
     def _outputs(self, solved: list[str]) -> StageMemory:
@@ -187,34 +191,9 @@ class MemoryPlan:
 
     def _forward(self, stage: int) -> int:
         """Count what one unit takes on its way through one stream of the block."""
-        architecture, tokens = self.architecture, self._unit_tokens
-        width, mlp = architecture.width, architecture.mlp_width
-        heads = architecture.heads * architecture.head_width
-        keys = architecture.kv_heads * architecture.head_width
-        size = self._compute_size
-        norm = 3 * FP32 * tokens * width  # norms compute in fp32
-        # q and k before and after RoPE, v, what comes out.
-        attention = size * tokens * (4 * heads + 4 * keys)
-        if stage == 0:
-            made = norm
-            if self.plan.importance == "attncon":
-                made += attention + 2 * FP32 * tokens * (heads + keys)
-                if not self.on_gpu:  # logits of a tile, before and after the softmax
-                    made += 2 * FP32 * architecture.heads * QUERIES * tokens
-                    made += FP32 * tokens * heads  # a key for each head
-            elif self.plan.importance != "uniform":
-                made += attention + 4 * size * tokens * mlp
-        elif stage in (1, 2):
-            made = norm + attention
-        else:
-            made = norm + 4 * size * tokens * mlp
-        if self.plan.rounds_activations:
-            made += 3 * FP32 * tokens * max(width, mlp if stage == 3 else heads)
-        if stage == 3 and self.plan.mlp_rotation != "none":
-            made += 2 * FP32 * tokens * mlp  # two factors of a Hadamard product
-        if stage in (1, 2) and self.plan.heads_rotation != "none":
-            made += 2 * FP32 * tokens * heads
-        return made + 2 * size * tokens * width  # x and what is added to it
+        return forward_bytes(
+            self.architecture, self.plan, stage, self._compute_size, on_gpu=self.on_gpu
+        )
 
     def _host_units(self) -> int:
         """Count a unit read ahead and one waiting to be written, for each in flight.
@@ -260,6 +239,14 @@ class MemoryPlan:
         if self.plan.streams > 1:
             rows += self._outputs_of(stage) if len(stage.linears) == 1 else inputs
         return FP32 * rows * inputs
+
+    def _packed(self, linear: str) -> int:
+        """Count a linear's codes and scales as the output has them; about."""
+        outputs, inputs = self.architecture.linear_shape(linear)
+        scheme = self.plan.scheme(block_prefix(0) + linear, inputs)
+        if scheme is None:
+            return 0
+        return outputs * (inputs * scheme.bits // 8 + FP32 * scheme.groups(inputs))
 
     def _inputs(self, stage: Stage) -> int:
         return self.architecture.linear_shape(stage.linears[0])[1]

@@ -239,7 +239,8 @@ class _Run:
                 records = self._round(index, tensors)
         else:
             solver, done = self._setup.open(index, tensors)
-            records = solver.run(done)
+            with self._setup.codes:
+                records = solver.run(done)
         self._commit(index, time.monotonic() - began, records)
 
     def _round(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
@@ -247,7 +248,7 @@ class _Run:
         schemes, grids = schemes_and_grids(index, plan, source, tensors)
         weights = {name: tensors[f"{name}.weight"] for name in schemes}
         tensors.clear()
-        keep = keeper(index, plan, source, self._output)
+        keep = keeper(index, plan, source, self._output.write)
         rows, passes = plan.tile_rows, self._passes
         return round_block(index, weights, schemes, grids, rows, passes, keep)
 
@@ -290,5 +291,5 @@ class _Run:
         """Stop the threads that hash, read and write, and close the shards."""
         self._identity.close()
         if self._setup:
-            self._setup.slots.close()
+            self._setup.close()
         self._output.close()

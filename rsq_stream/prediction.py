@@ -90,6 +90,8 @@ class _Work:
         block = sum(map(prod, shape.block_shapes().values()))
         for linear in LINEARS:
             seconds += self._rotated(self._entries(linear), shape.width)
+        if self.execution.reads_ahead:  # the block before it takes longer to solve
+            return seconds
         size = self.execution.source_bytes / self._source_entries
         return seconds + block * size / self.rates.read
 

@@ -16,7 +16,7 @@ from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.events import Listener, Notice
 from rsq_stream.execution import ExecutionPlan
-from rsq_stream.ops.side_stream import SideStream
+from rsq_stream.ops.side_stream import CopyStream, SideStream
 from rsq_stream.ops.transit import Inbound, Outbound, Transit
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot, has_direct_io
@@ -64,16 +64,12 @@ class RunSlots:
             listener(Notice(text=text))
         self._resident = execution.resident_units
         self._mlp_units = execution.mlp_units
-        self._transits: list[Transit] = []
-        if copies_aside(device):
-            sizes = self.shape.unit_bytes, execution.in_flight
-            self._transits = [
-                Transit(
-                    Inbound(SideStream(device), *sizes),
-                    Outbound(SideStream(device), *sizes),
-                )
-                for _ in range(plan.streams)
-            ]
+        sizes = self.shape.unit_bytes, execution.in_flight
+        self._transits = [
+            Transit(Inbound(come, *sizes), Outbound(go, *sizes))
+            for _ in range(plan.streams)
+            if (come := copy_stream(device)) and (go := copy_stream(device))
+        ]
         ways: Sequence[Transit | None] = self._transits or [None] * plan.streams
         self._streams = [
             [
@@ -119,8 +115,13 @@ class RunSlots:
 
 
 def copies_aside(device: torch.device) -> bool:
-    """Whether activations go to and from a device on streams of their own."""
+    """Whether there is something to gain from copies beside the compute."""
     return device.type == "cuda"
+
+
+def copy_stream(device: torch.device) -> CopyStream | None:
+    """Give a stream for copies to or from a GPU; none where the host computes."""
+    return SideStream(device) if copies_aside(device) else None
 
 
 def embed(

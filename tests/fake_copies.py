@@ -9,9 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
+from rsq_stream import passes, slots
+from rsq_stream.algorithm import factor
 from rsq_stream.ops.side_stream import Moment
 
 POISON = 171
@@ -115,3 +118,13 @@ class FakeCopies:
             self.fake.compute.append(lambda: until.reached)
         else:
             until.synchronize()
+
+
+def take_a_gpus_way(monkeypatch: pytest.MonkeyPatch, seed: int) -> FakeDevice:
+    """Have runs take a GPU's way through copies, flags and events, on the CPU."""
+    fake = FakeDevice(seed, lazy=False)
+    monkeypatch.setattr(slots, "copies_aside", lambda _: True)
+    monkeypatch.setattr(slots, "SideStream", lambda _: FakeCopies(fake))
+    monkeypatch.setattr(passes, "_looks_at_each_unit", lambda _: False)
+    monkeypatch.setattr(factor, "_looks_at_each_tile", lambda _: False)
+    return fake

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rsq_stream import passes, slots
-from rsq_stream.algorithm import factor
 from rsq_stream.errors import DamagedError, NumericalError
 from rsq_stream.ops import transit
 from rsq_stream.ops.side_stream import SideStream, pinned_bytes
@@ -22,7 +21,7 @@ from rsq_stream.ops.transit import Inbound, Outbound, Transit, pinned_total
 from rsq_stream.passes import FiniteWatch
 from rsq_stream.storage.activations import Slot
 from rsq_stream.storage.slot_shape import SlotShape
-from tests.fake_copies import FakeCopies, FakeDevice, FakeMoment
+from tests.fake_copies import FakeCopies, FakeDevice, FakeMoment, take_a_gpus_way
 from tests.toy import contents, run_toy, toy_checkpoint
 
 UNIT = (2, 3, 4)
@@ -292,33 +291,15 @@ def test_a_bad_place_is_named(
 RUN: dict[str, Any] = {"method": "rsq", "propagate": 0.5}
 
 
-@pytest.fixture
-def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], FakeDevice]:
-    """Have runs take a GPU's way through copies, flags and events, on the CPU."""
-
-    def use(seed: int) -> FakeDevice:
-        fake = FakeDevice(seed, lazy=False)
-        monkeypatch.setattr(slots, "copies_aside", lambda _: True)
-        monkeypatch.setattr(slots, "SideStream", lambda _: FakeCopies(fake))
-        monkeypatch.setattr(passes, "_looks_at_each_unit", lambda _: False)
-        monkeypatch.setattr(factor, "_looks_at_each_tile", lambda _: False)
-        return fake
-
-    return use
-
-
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("resident", [0, 1, 9])
 def test_a_run_has_the_same_bytes(
-    tmp_path: Path,
-    beside: Callable[[int], FakeDevice],
-    in_flight: int,
-    resident: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: int, resident: int
 ) -> None:
     toy = toy_checkpoint(tmp_path / "toy", blocks=2, dtype=torch.bfloat16)
     execution = {"in_flight": in_flight, "resident_units": resident}
     run_toy(toy, tmp_path / "plain", execution=execution, **RUN)
-    fake = beside(in_flight)
+    fake = take_a_gpus_way(monkeypatch, in_flight)
     run_toy(toy, tmp_path / "beside", execution=execution, **RUN)
     # Five passes over three units of two streams, in two blocks: read, and some kept.
     assert fake.log.count("copied") >= 5 * 3 * 2 * 2

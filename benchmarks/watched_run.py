@@ -1,0 +1,125 @@
+"""Run rsq-stream and watch the GPU meanwhile; ``shapes.py`` starts it.
+
+    python benchmarks/watched_run.py [--kernels] COMMAND ...
+
+The last line of stderr is JSON: bytes written, the seconds of each block, and by stage
+(as the memory plan has them) how often the GPU had work when it was looked at. Looking
+asks the compute stream whether it is done, 500 times a second, and waits for nothing.
+Compute that is held until a copy arrives counts as work: ``--kernels`` has the
+profiler add up the times of kernels themselves, which takes some GiB of host memory.
+"""
+
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import psutil
+import torch
+from rsq_stream.cli.main import main
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from rsq_stream.stage_meter import StageMeter
+from rsq_stream.storage.journal import Journal
+
+EVERY_S = 0.002
+_COPIES = ("Memcpy", "Memset")
+
+
+class Watch:
+    """Looks at the compute stream, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.looks: Counter[str] = Counter()
+        self.busy: Counter[str] = Counter()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        # Not before somebody computes: a context costs memory.
+        while not self._ended.wait(EVERY_S):
+            if torch.cuda.is_initialized() and self.stage:
+                stage = self.stage
+                self.looks[stage] += 1
+                self.busy[stage] += not torch.cuda.default_stream().query()
+
+    def shares(self) -> dict[str, float]:
+        """Stop, and give the share of looks at which a stage had work."""
+        self._ended.set()
+        self._thread.join()
+        return {stage: self.busy[stage] / n for stage, n in self.looks.items()}
+
+
+def follow_stages(watch: Watch) -> None:
+    """Tell the watch which stage it is."""
+    known = StageMeter.stage
+
+    @contextmanager
+    def stage(self: StageMeter, name: str) -> Iterator[None]:
+        watch.stage = name
+        try:
+            with known(self, name):  # its end waits for the GPU
+                yield
+        finally:
+            watch.stage = ""
+
+    StageMeter.stage = stage  # type: ignore[method-assign]
+
+
+def follow_blocks() -> list[float]:
+    """Give a list that gets the seconds of each block, what lies between stages too."""
+    known, found = Journal.finish_block, []
+
+    def finish_block(self: Journal, index: int, seconds: float, *rest: Any) -> None:
+        known(self, index, seconds, *rest)
+        if index >= 0:
+            found.append(seconds)
+
+    Journal.finish_block = finish_block  # type: ignore[method-assign]
+    return found
+
+
+def union_s(spans_ns: Iterable[tuple[int, int]]) -> float:
+    """Give the seconds that spans of (start, length) cover, overlaps once."""
+    covered, end = 0, 0
+    for start, length in sorted(spans_ns):
+        covered += max(0, start + length - max(start, end))
+        end = max(end, start + length)
+    return covered / 1e9
+
+
+def kernel_seconds(events: Iterable[Any]) -> float:
+    """Add up what the profiler saw of kernels; copies are no compute."""
+    return union_s(
+        (event.start_ns(), event.duration_ns())
+        for event in events
+        if event.device_type() == DeviceType.CUDA
+        and not event.name().startswith(_COPIES)
+    )
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    kernels = arguments[:1] == ["--kernels"]
+    watch = Watch()
+    follow_stages(watch)
+    block_s = follow_blocks()
+    profiled = profile(activities=[ProfilerActivity.CUDA]) if kernels else nullcontext()
+    try:
+        with profiled as seen:
+            main(arguments[1:] if kernels else arguments)
+    finally:
+        found: dict[str, Any] = {
+            "written_bytes": psutil.Process().io_counters().write_bytes,
+            "busy": watch.shares(),
+            "block_s": block_s,
+        }
+        if kernels:
+            found["kernel_s"] = kernel_seconds(seen.profiler.kineto_results.events())
+        print(json.dumps(found), file=sys.stderr)
