@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from rsq_stream.algorithm.factor import wide_blocks
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import StageMemory
 from rsq_stream.forward_memory import forward_bytes
@@ -145,10 +146,10 @@ class MemoryPlan:
         return self._made(f"{stage.name}: pass", device, host)
 
     def _factorising(self, stage: Stage, solved: list[str]) -> StageMemory:
-        """Count H, which becomes its factor in place, and its diagonal tiles."""
+        """Count H, which becomes its factor in place, and its diagonal blocks."""
         inputs = self._inputs(stage)
         device = self._weights(solved, used=False) + self._statistics(stage)
-        device += 3 * FP32 * self.plan.tile_columns * inputs
+        device += self._aside(inputs) + 2 * FP32 * self.plan.tile_columns * inputs
         if self.plan.act_order:  # its other half, and columns in another order
             device += 3 * FP32 * inputs * inputs
         host = self._solver_weights(solved)
@@ -161,14 +162,13 @@ class MemoryPlan:
         concurrent = min(self.workers, tiles)
         rows = min(outputs, plan.tile_rows)
         whole = outputs * inputs
-        tile = TILE_COPIES * rows + 2 * plan.tile_columns  # and some rows of H
         # Codes of the solver and of rounding, by tile; then those that are kept, and
         # the weights that they stand for, by part and whole.
-        solving = concurrent * FP32 * tile * inputs + 3 * whole
+        solving = concurrent * FP32 * TILE_COPIES * rows * inputs + 3 * whole
         decoding = (1 + 2 * self._compute_size) * whole
         decoding += min(DECODED_WIDTH * whole, DECODED_BYTES)
         device = self._weights(solved, used=False) + self._statistics(stage)
-        device += max(solving, decoding)
+        device += max(solving, decoding) + self._aside(inputs)
         target = FP32 * whole if plan.act_order else 0
         if plan.streams > 1:
             target += 3 * FP32 * whole  # the correction by tile, whole, and the sum
@@ -178,6 +178,11 @@ class MemoryPlan:
             host += packed
             device += packed if len(stage.linears) > 1 else 0
         return self._made(f"{stage.name}: solve {role(linear)}", device, host)
+
+    def _aside(self, inputs: int) -> int:
+        """Count H's blocks on the diagonal, which the factor keeps beside it."""
+        _, wide = wide_blocks(inputs, self.plan.tile_columns)[0]
+        return FP32 * wide * inputs
 
     def _outputs(self, solved: list[str]) -> StageMemory:
         """Count the pass that writes the next block's inputs."""
