@@ -1,14 +1,27 @@
 """Plan against run: a model of true shape, few blocks, random weights.
 
     python benchmarks/shapes.py [--shape 8B] [--blocks 1] [--samples 4]
-        [--sequence-length 256] [--bits 2] [--ram 12GiB] [--device cpu] [--only-plan]
+        [--sequence-length 256] [--bits 2] [--ram 12GiB] [--hard] [--device cpu]
+        [--only-plan] [--json]
 
-Writes a checkpoint of Llama-3's 8B, 70B or 405B shape, but with few blocks, into a
-temporary folder, quantizes it in a process of its own, and prints what the plan said
-beside what was measured. The weights are random, so nothing is said about quality.
+Writes a checkpoint of Llama-3's 8B, 70B or 405B shape, but with few blocks, or of a
+small one, into a temporary folder (in TMPDIR: on a disk, not in memory), quantizes it
+in a process of its own, and prints what the plan said beside what was measured. The
+weights are random, so nothing is said about quality.
+
+``--ram`` is about resident memory, that of mapped libraries included: VmHWM, the
+kernel's own mark. RssAnon, of which no library is part, is given beside it.
+
+``--hard`` has the kernel refuse what goes beyond ``--ram``: RLIMIT_DATA, set when torch
+and this package are imported, is what the process has of writable private memory by
+then, as much as ``--ram`` leaves beside its resident memory, and 256 MiB. These are for
+memory that was asked for and is not touched, which counts as well: threads' stacks,
+holes in the heap. RLIMIT_AS would count what torch maps of its libraries besides, and a
+memory cgroup takes privileges that few have.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -20,7 +33,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -28,20 +40,23 @@ from transformers import PreTrainedTokenizerFast
 from rsq_stream.model.architecture import block_prefix, read_architecture
 
 SHAPES = {
-    "8B": (4096, 14336, 32, 8),
-    "70B": (8192, 28672, 64, 8),
-    "405B": (16384, 53248, 128, 8),
+    "8B": (4096, 14336, 32, 8, 128256),
+    "70B": (8192, 28672, 64, 8, 128256),
+    "405B": (16384, 53248, 128, 8, 128256),
+    "narrow": (256, 768, 4, 4, 4096),
+    "4M": (512, 2048, 8, 8, 4096),
 }
-"""Width, MLP width, heads, KV heads (the models' config.json)."""
-VOCABULARY = 128256
+"""Width, MLP width, heads, KV heads, vocabulary (of the first three, the models')."""
 _WORDS = 512
+_MOST_WORDS = 1 << 18
+"""Windows lie at random in the text: more of them need no more text."""
 _PART = 1 << 24
 MIB = 1 << 20
 
 
 def write_model(folder: Path, shape: str, blocks: int) -> None:
     """Write config, tokenizer and one shard, tensor by tensor."""
-    width, mlp, heads, kv_heads = SHAPES[shape]
+    width, mlp, heads, kv_heads, vocabulary = SHAPES[shape]
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -50,7 +65,7 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
         "num_hidden_layers": blocks,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
@@ -93,45 +108,71 @@ def write_text(path: Path, words: int) -> None:
 
 
 class Watch:
-    """The peaks of a process and its work folder, looked at ten times a second."""
+    """The peaks of a process and its work folder, looked at twenty times a second."""
 
     def __init__(self, process: subprocess.Popen[str], scratch: Path) -> None:
-        self.resident = self.scratch = 0
+        self.resident = self.anonymous = self.scratch = 0
         self._process, self._folder = process, scratch
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
 
     def _look(self) -> None:
-        watched = psutil.Process(self._process.pid)
+        status, due = Path(f"/proc/{self._process.pid}/status"), 0.0
         while self._process.poll() is None:
-            try:
-                self.resident = max(self.resident, watched.memory_info().rss)
-            except psutil.Error:
-                return
-            files = list(self._folder.rglob("*"))
-            taken = sum(p.stat().st_blocks * 512 for p in files if p.exists())
-            self.scratch = max(self.scratch, taken)
-            time.sleep(0.1)
+            for line in status.read_text().splitlines():
+                key, _, value = line.partition(":")
+                if key == "VmHWM":
+                    self.resident = int(value.split()[0]) << 10
+                elif key == "RssAnon":
+                    self.anonymous = max(self.anonymous, int(value.split()[0]) << 10)
+            began = time.monotonic()
+            if began >= due:
+                self.scratch = max(self.scratch, allocated(self._folder))
+                # Thousands of chunks: looking at them should not take the disk's time.
+                due = time.monotonic() + 20 * (time.monotonic() - began)
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Wait for the last look."""
         self._thread.join()
 
 
-def call(arguments: list[str], scratch: Path) -> tuple[dict[str, Any], Watch, int]:
+def allocated(folder: Path) -> int:
+    """Give what the files of a folder occupy."""
+    taken = 0
+    with contextlib.suppress(FileNotFoundError):  # it goes away at the end
+        for path in folder.rglob("*"):
+            taken += path.stat().st_blocks * 512
+    return taken
+
+
+PROGRAM = """
+import resource, sys, psutil
+import rsq_stream.bits_choice, rsq_stream.pipeline, rsq_stream.planner
+from rsq_stream.cli.main import main
+from rsq_stream.cli.text import parse_size
+
+def kept(key):
+    words = open("/proc/self/status").read().split()
+    return int(words[words.index(key) + 1]) << 10
+
+if sys.argv[1]:
+    left = parse_size("--ram", sys.argv[1]) - kept("VmRSS:")
+    limit = kept("VmData:") + left + (256 << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    main(sys.argv[2:])
+finally:
+    print(f"wrote {psutil.Process().io_counters().write_bytes}", file=sys.stderr)
+"""
+
+
+def call(
+    arguments: list[str], scratch: Path, limit: str = ""
+) -> tuple[dict[str, Any], Watch, int]:
     """Run a command with --json; gives what it says, its peaks, and bytes written."""
-    program = (
-        "import sys\n"
-        "from rsq_stream.cli.main import main\n"
-        "try:\n"
-        "    main(sys.argv[1:])\n"
-        "finally:\n"
-        "    import psutil\n"
-        "    written = psutil.Process().io_counters().write_bytes\n"
-        "    print(f'wrote {written}', file=sys.stderr)\n"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments, "--json"],
+        [sys.executable, "-c", PROGRAM, limit, *arguments, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,27 +187,32 @@ def call(arguments: list[str], scratch: Path) -> tuple[dict[str, Any], Watch, in
     return json.loads(out), watch, written
 
 
-def report(planned: dict[str, Any], made: dict[str, Any], watch: Watch, w: int) -> None:
-    """Print plan against measured: the run as a whole, then by stage."""
+def figures(
+    planned: dict[str, Any], made: dict[str, Any], watch: Watch, written: int
+) -> dict[str, tuple[float, float]]:
+    """Give what was planned and measured, of the run as a whole."""
     execution = made["execution"]
     host = max(row["predicted_host_bytes"] for row in made["stages"].values())
-    rows = [
-        ("host memory", host, watch.resident),
-        ("scratch on disk", execution["scratch_bytes"], watch.scratch),
-        ("written in all", execution["written_bytes"], w),
-        ("output shards", execution["output_bytes"], made["shard_bytes"]),
-    ]
+    return {
+        "host memory": (host, watch.resident),
+        "scratch on disk": (execution["scratch_bytes"], watch.scratch),
+        "written in all": (execution["written_bytes"], written),
+        "output shards": (execution["output_bytes"], made["shard_bytes"]),
+        "seconds": (planned["predicted_seconds"], made["seconds"]),
+    }
+
+
+def report(made: dict[str, Any], found: dict[str, tuple[float, float]]) -> None:
+    """Print plan against measured: the run as a whole, then by stage."""
     print("| | planned, MiB | measured, MiB | ratio |\n|---|---|---|---|")
-    for name, expected, found in rows:
-        ratio = found / expected
-        print(f"| {name} | {expected / MIB:.1f} | {found / MIB:.1f} | {ratio:.2f} |")
-    seconds = planned["predicted_seconds"]
-    print(f"| seconds | {seconds:.1f} | {made['seconds']:.1f} | ", end="")
-    print(f"{made['seconds'] / seconds:.2f} |\n")
+    for name, (expected, took) in found.items():
+        unit = 1 if name == "seconds" else MIB
+        pair = f"{expected / unit:.1f} | {took / unit:.1f}"
+        print(f"| {name} | {pair} | {took / expected:.3f} |")
     kind = (
         "device" if made["stages"]["outputs: pass"]["measured_device_bytes"] else "host"
     )
-    print("| stage | predicted, s | took, s | planned, MiB | peak, MiB |")
+    print("\n| stage | predicted, s | took, s | planned, MiB | peak, MiB |")
     print("|---|---|---|---|---|")
     for name, row in made["stages"].items():
         memory = (row[f"{how}_{kind}_bytes"] / MIB for how in ("predicted", "measured"))
@@ -189,12 +235,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only-plan", action="store_true")
+    parser.add_argument("--hard", action="store_true", help="needs --ram")
+    parser.add_argument("--json", action="store_true", help="of the run as a whole")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rsq-stream-shapes-") as root:
         folder, text = Path(root) / "model", Path(root) / "text.txt"
         output = Path(root) / "out"
         write_model(folder, given.shape, given.blocks)
-        write_text(text, 2 * given.samples * given.sequence_length + 1000)
+        words = 2 * given.samples * given.sequence_length + 1000
+        write_text(text, min(words, _MOST_WORDS))
         options = [str(folder), "--output", str(output), "--calibration", str(text)]
         names = ("method", "samples", "sequence_length", "bits", "group_size")
         for name in (*names, "ram", "vram"):
@@ -209,12 +258,18 @@ def main() -> None:
         if given.only_plan:
             print(json.dumps(planned["execution"], indent=2))
             return
-        made, watch, written = call(["quantize", *options], work)
+        limit = given.ram if given.hard else ""
+        made, watch, written = call(["quantize", *options], work, limit)
         shards = output.glob("*.safetensors")
         made["shard_bytes"] = sum(path.stat().st_size for path in shards)
-        print(f"{given.shape} shape, {given.blocks} blocks, {given.samples} windows of")
-        print(f"{given.sequence_length} tokens, {given.bits} bits, {given.device}\n")
-        report(planned, made, watch, written)
+        found = figures(planned, made, watch, written)
+    if given.json:
+        print(json.dumps({**found, "anonymous": watch.anonymous}))
+        return
+    print(f"{given.shape} shape, {given.blocks} blocks, {given.samples} windows of")
+    print(f"{given.sequence_length} tokens, {given.bits} bits, {given.device};", end="")
+    print(f" RssAnon at most {watch.anonymous / MIB:.1f} MiB\n")
+    report(made, found)
 
 
 if __name__ == "__main__":

@@ -254,6 +254,8 @@ class _Run:
             {},
             self._source.news(),
         )
+        if index >= 0:
+            self._slots.release_inputs_of(index)
 
     def close(self) -> None:
         """Stop the threads that hash, read and write."""

@@ -25,6 +25,8 @@ from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.schemes import HEAD_LINEAR
 
 FP32 = 4
+TOKEN_BYTES = 4
+"""A token of the calibration set (``calibration.py``)."""
 QUERIES = 128
 """Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 PART_BYTES = FP32 << 26
@@ -75,6 +77,7 @@ class MemoryPlan:
 
     def _made(self, name: str, device: int, host: int) -> StageMemory:
         """Put a stage together; without a GPU the host has the device's part too."""
+        device, host = device + self._token_weights, host + self._windows
         if self.on_gpu:
             return StageMemory(name, device, host)
         return StageMemory(name, 0, device + host)
@@ -85,7 +88,8 @@ class MemoryPlan:
         kept = self.plan.scheme(HEAD_LINEAR, width) is None
         copies = CHUNK_COPIES if kept else ROUNDED_CHUNK_COPIES
         chunk = FP32 * min(vocabulary, chunk_rows(width)) * width
-        return self._made("embedding and head", 0, copies * chunk)
+        host = max(copies * chunk, 2 * self._windows)  # these are written to a file
+        return self._made("embedding and head", 0, host)
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""
@@ -236,6 +240,23 @@ class MemoryPlan:
             entries = sum(map(self._entries, (*LINEARS, *twice)))
             host += self._compute_size * entries
         return host
+
+    @property
+    def _windows(self) -> int:
+        """The calibration set's tokens, which are kept to the end."""
+        plan = self.plan
+        if not plan.needs_calibration:
+            return 0
+        return TOKEN_BYTES * plan.samples * plan.sequence_length
+
+    @property
+    def _token_weights(self) -> int:
+        """The importance of each token, those of rolled copies too."""
+        plan = self.plan
+        if not plan.needs_calibration:
+            return 0
+        size = FP32 if plan.importance_exact else 2
+        return size * plan.sequences * plan.sequence_length
 
     def _statistics(self, stage: Stage) -> int:
         """Count H, and with two streams the drift."""

@@ -263,6 +263,8 @@ class _Run:
         )
         self.finished = index + 1
         if index >= 0:
+            if self._setup:
+                self._setup.slots.release_inputs_of(index)
             own = tuple(made for made in self.records.values() if made.block == index)
             self._passes.listener(
                 BlockFinished(block=index, seconds=seconds, records=own)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsq_stream.errors import DamagedError
+from rsq_stream.ops.pages import Pages
 from rsq_stream.storage import atomic
 from rsq_stream.storage.checksum import checksum
 from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
@@ -108,7 +109,7 @@ class Slot:
         self._resident = resident
         self._depth = depth
         self._direct = direct
-        self._memory: dict[int, Tensor] = {}
+        self._memory = Pages(resident, shape.unit_bytes)
         self._made = False
         self._writes: deque[Future[None]] = deque()
         self._buffers: list[NDArray[np.uint8]] = []
@@ -128,7 +129,7 @@ class Slot:
         ):
             raise ValueError(f"unit {unit}: {x_BTD.dtype} {tuple(x_BTD.shape)}")
         if unit < self._resident:
-            self._memory[unit] = x_BTD.to("cpu").contiguous()
+            self._memory.put(unit, x_BTD)
         if durable or unit >= self._resident:
             content = self._staged(x_BTD)
             self.checksums[unit] = checksum(content.data)
@@ -149,7 +150,7 @@ class Slot:
             yield self._taken(ahead.popleft())
 
     def _taken(self, item: "Future[Tensor] | int") -> Tensor:
-        return self._memory[item] if isinstance(item, int) else item.result()
+        return self._memory.get(item) if isinstance(item, int) else item.result()
 
     def flush(self, *, durable: bool) -> None:
         """Wait for the writes; with ``durable`` a power cut cannot undo them."""
@@ -163,6 +164,10 @@ class Slot:
                 atomic.sync_file(self.folder / "zarr.json")
                 atomic.sync_folder(self.folder)
                 atomic.sync_folder(self.folder.parent)
+
+    def release(self) -> None:
+        """Let go of memory: what is read again comes from disk, if it was durable."""
+        self._memory.clear()
 
     def clear(self) -> None:
         """Forget what the slot holds: nobody needs it any more."""
