@@ -1,21 +1,34 @@
 """Plan against run: a model of true shape, few blocks, random weights.
 
     python benchmarks/shapes.py [--shape 8B] [--blocks 1] [--samples 4]
-        [--sequence-length 256] [--bits 2] [--ram 12GiB] [--device cpu] [--only-plan]
+        [--sequence-length 256] [--bits 2] [--ram 12GiB] [--hard] [--device cpu]
+        [--only-plan] [--json]
+
+Writes a checkpoint of Llama-3's 8B, 70B or 405B shape, but with few blocks, or of a
+small one (``write_shape.py``), into a temporary folder (in TMPDIR: on a disk, not in
+memory), quantizes it in a process of its own, and prints what the plan said beside what
+was measured. The weights are random, so nothing is said about quality.
 
 On a GPU it also says how busy that was, and how long the whole model would take. A 70B
-model in 20 GiB, activations in host memory and then on disk (TMPDIR says which one):
+model in 20 GiB, activations in host memory and then on disk:
 
     python benchmarks/shapes.py --device cuda --shape 70B --blocks 1 --samples 128
         --sequence-length 2048 --vram 20GiB --ram 100GiB
     ... the same with --ram 8GiB
 
-Writes a checkpoint of Llama-3's 8B, 70B or 405B shape, but with few blocks, into a
-temporary folder, quantizes it in a process of its own, and prints what the plan said
-beside what was measured. The weights are random, so nothing is said about quality.
+``--ram`` is about resident memory, that of mapped libraries included: VmHWM, the
+kernel's own mark. RssAnon, of which no library is part, is given beside it.
+
+``--hard`` has the kernel refuse what goes beyond ``--ram``: RLIMIT_DATA, set when torch
+and this package are imported, is what the process has of writable private memory by
+then, as much as ``--ram`` leaves beside its resident memory, and 256 MiB. These are for
+memory that was asked for and is not touched, which counts as well: threads' stacks,
+holes in the heap. RLIMIT_AS would count what torch maps of its libraries besides, and a
+memory cgroup takes privileges that few have.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -28,87 +41,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from rsq_stream.model.architecture import block_prefix, read_architecture
+from rsq_stream.model.architecture import read_architecture
 from rsq_stream.storage.activations import has_direct_io
 from rsq_stream.storage.atomic import sync_file
 from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
 
-SHAPES = {
-    "8B": (4096, 14336, 32, 8),
-    "70B": (8192, 28672, 64, 8),
-    "405B": (16384, 53248, 128, 8),
-}
-"""Width, MLP width, heads, KV heads (the models' config.json)."""
 BLOCKS = {"8B": 32, "70B": 80, "405B": 126}
 OUTSIDE = "embedding and head"
-VOCABULARY = 128256
-_WORDS = 512
-_PART = 1 << 24
+_MOST_WORDS = 1 << 18
+"""Windows lie at random in the text: more of them need no more text."""
 _RAW_BYTES = 512 << 20
 MIB = 1 << 20
-
-
-def config_of(shape: str, blocks: int) -> dict[str, Any]:
-    """Give config.json of a model of so many blocks."""
-    width, mlp, heads, kv_heads = SHAPES[shape]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "torch_dtype": "bfloat16",
-    }
-
-
-def write_model(folder: Path, shape: str, blocks: int) -> None:
-    """Write config, tokenizer and one shard, tensor by tensor."""
-    config = config_of(shape, blocks)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    words = {f"w{n}": n for n in range(_WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    architecture = read_architecture(config, "here")
-    sizes = dict(architecture.outer_shapes())
-    for block in range(blocks):
-        for name, size in architecture.block_shapes().items():
-            sizes[block_prefix(block) + name] = size
-    header: dict[str, Any] = {}
-    end = 0
-    for name, size in sizes.items():
-        begin, end = end, end + 2 * prod(size)
-        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
-    random = torch.Generator().manual_seed(0)
-    with (folder / "model.safetensors").open("wb") as file:
-        content = json.dumps(header).encode()
-        file.write(len(content).to_bytes(8, "little") + content)
-        for size in sizes.values():
-            deviation = 0.0 if len(size) == 1 else size[-1] ** -0.5
-            for start in range(0, prod(size), _PART):
-                count = min(_PART, prod(size) - start)
-                part = torch.randn(count, generator=random) * deviation
-                part += 1.0 if len(size) == 1 else 0.0
-                file.write(part.bfloat16().view(torch.uint8).numpy().data)
-
-
-def write_text(path: Path, words: int) -> None:
-    """Write random words of the tokenizer."""
-    random = torch.Generator().manual_seed(0)
-    picked = torch.randint(1, _WORDS, (words,), generator=random).tolist()
-    path.write_text(" ".join(f"w{n}" for n in picked))
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
@@ -130,39 +73,51 @@ def disk_rates(folder: Path) -> tuple[float, float]:
 
 
 class Watch:
-    """The peaks of a process and its work folder, looked at ten times a second."""
+    """The peaks of a process and its work folder, looked at twenty times a second."""
 
     def __init__(self, process: subprocess.Popen[str], scratch: Path) -> None:
-        self.resident = self.scratch = 0
+        self.resident = self.anonymous = self.scratch = 0
         self._process, self._folder = process, scratch
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
 
     def _look(self) -> None:
-        watched = psutil.Process(self._process.pid)
+        status, due = Path(f"/proc/{self._process.pid}/status"), 0.0
         while self._process.poll() is None:
-            try:
-                self.resident = max(self.resident, watched.memory_info().rss)
-            except psutil.Error:
-                return
-            files = list(self._folder.rglob("*"))
-            taken = sum(p.stat().st_blocks * 512 for p in files if p.exists())
-            self.scratch = max(self.scratch, taken)
-            time.sleep(0.1)
+            for line in status.read_text().splitlines():
+                key, _, value = line.partition(":")
+                if key == "VmHWM":
+                    self.resident = int(value.split()[0]) << 10
+                elif key == "RssAnon":
+                    self.anonymous = max(self.anonymous, int(value.split()[0]) << 10)
+            began = time.monotonic()
+            if began >= due:
+                self.scratch = max(self.scratch, allocated(self._folder))
+                # Thousands of chunks: looking at them should not take the disk's time.
+                due = time.monotonic() + 20 * (time.monotonic() - began)
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Wait for the last look."""
         self._thread.join()
 
 
+def allocated(folder: Path) -> int:
+    """Give what the files of a folder occupy."""
+    taken = 0
+    with contextlib.suppress(FileNotFoundError):  # it goes away at the end
+        for path in folder.rglob("*"):
+            taken += path.stat().st_blocks * 512
+    return taken
+
+
 def call(
-    arguments: list[str], scratch: Path, *, kernels: bool = False
+    arguments: list[str], scratch: Path, *watching: str
 ) -> tuple[dict[str, Any], Watch]:
     """Run a command with --json; gives what it and its watch say, and its peaks."""
-    program = [str(Path(__file__).with_name("watched_run.py"))]
-    program += ["--kernels"] * kernels
+    program = str(Path(__file__).with_name("watched_run.py"))
     process = subprocess.Popen(
-        [sys.executable, *program, *arguments, "--json"],
+        [sys.executable, program, *watching, "--", *arguments, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -177,41 +132,45 @@ def call(
     return json.loads(out) | seen, watch
 
 
-def report(planned: dict[str, Any], made: dict[str, Any], watch: Watch) -> None:
-    """Print plan against measured: the run as a whole, then by stage."""
-    execution = made["execution"]
-    host = max(row["predicted_host_bytes"] for row in made["stages"].values())
-    rows = [
-        ("host memory", host, watch.resident),
-        ("scratch on disk", execution["scratch_bytes"], watch.scratch),
-        ("written in all", execution["written_bytes"], made["written_bytes"]),
-        ("output shards", execution["output_bytes"], made["shard_bytes"]),
-    ]
-    device = [
-        max(row[f"{how}_device_bytes"] for row in made["stages"].values())
+def figures(
+    planned: dict[str, Any], made: dict[str, Any], watch: Watch
+) -> dict[str, tuple[float, float]]:
+    """Give what was planned and measured, of the run as a whole."""
+    execution, stages = made["execution"], made["stages"].values()
+    found = {
+        "host memory": (
+            max(row["predicted_host_bytes"] for row in stages),
+            watch.resident,
+        ),
+        "scratch on disk": (execution["scratch_bytes"], watch.scratch),
+        "written in all": (execution["written_bytes"], made["written_bytes"]),
+        "output shards": (execution["output_bytes"], made["shard_bytes"]),
+        "seconds": (planned["predicted_seconds"], made["seconds"]),
+    }
+    device = tuple(
+        max(row[f"{how}_device_bytes"] for row in stages)
         for how in ("predicted", "measured")
-    ]
-    if any(device):
-        rows.insert(0, ("GPU memory, by the allocator", *device))
+    )
+    return {"GPU memory, by the allocator": device} | found if any(device) else found
+
+
+def report(made: dict[str, Any], found: dict[str, tuple[float, float]]) -> None:
+    """Print plan against measured: the run as a whole, then by stage."""
     print("| | planned, MiB | measured, MiB | ratio |\n|---|---|---|---|")
-    for name, expected, found in rows:
-        ratio = found / expected
-        print(f"| {name} | {expected / MIB:.1f} | {found / MIB:.1f} | {ratio:.2f} |")
-    seconds = planned["predicted_seconds"]
-    print(f"| seconds | {seconds:.1f} | {made['seconds']:.1f} | ", end="")
-    print(f"{made['seconds'] / seconds:.2f} |\n")
+    for name, (expected, took) in found.items():
+        unit = 1 if name == "seconds" else MIB
+        pair = f"{expected / unit:.1f} | {took / unit:.1f}"
+        print(f"| {name} | {pair} | {took / expected:.3f} |")
     on_gpu = bool(made["stages"]["outputs: pass"]["measured_device_bytes"])
     kind, busy = "device" if on_gpu else "host", made["busy"]
-    print(
-        "| stage | predicted, s | took, s | planned, MiB | peak, MiB | GPU has work |"
-    )
-    print("|---|---|---|---|---|---|")
+    last = " GPU has work |" if busy else ""
+    print(f"\n| stage | predicted, s | took, s | planned, MiB | peak, MiB |{last}")
+    print("|---|---|---|---|---|" + "---|" * bool(busy))
     for name, row in made["stages"].items():
         memory = (row[f"{how}_{kind}_bytes"] / MIB for how in ("predicted", "measured"))
         took = f"{row['predicted_s']:.1f} | {row['measured_s']:.1f}"
-        memory_text = " | ".join(f"{m:.0f}" for m in memory)
-        share = f"{busy[name]:.0%}" if name in busy else "-"
-        print(f"| {name} | {took} | {memory_text} | {share} |")
+        line = f"| {name} | {took} | {' | '.join(f'{m:.0f}' for m in memory)} |"
+        print(line + (f" {busy.get(name, 0):.0%} |" if busy else ""))
 
 
 @dataclass(frozen=True)
@@ -233,7 +192,7 @@ class Pace:
 
 
 def pace_of(
-    made: dict[str, Any], shape: str, blocks: int, read: float, written: float
+    made: dict[str, Any], config: dict[str, Any], read: float, written: float
 ) -> Pace:
     """Give a run's pace; the disk reads and writes so many bytes a second.
 
@@ -246,7 +205,8 @@ def pace_of(
     streams, slot = execution["slots"] // 3, execution["slot_bytes"]
     units = -(-plan["samples"] * plan["expand"] // plan["unit_sequences"])
     on_disk = 1 - execution["resident_units"] / units
-    sizes = read_architecture(config_of(shape, blocks), "here").block_shapes()
+    architecture = read_architecture(config, "here")
+    blocks, sizes = architecture.blocks, architecture.block_shapes()
     weights = sum(map(prod, sizes.values()))
     reads = int(5 * streams * slot * on_disk) + 2 * weights
     writes = 2 * streams * slot + weights * plan["bits"] // 8
@@ -276,7 +236,7 @@ def report_pace(made: dict[str, Any], pace: Pace, shape: str) -> None:
 def main() -> None:
     """Write, plan, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="8B")
+    parser.add_argument("--shape", default="8B", help="one of write_shape.py's")
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=256)
@@ -288,39 +248,59 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only-plan", action="store_true")
+    parser.add_argument("--hard", action="store_true", help="needs --ram")
+    parser.add_argument("--json", action="store_true", help="of the run as a whole")
     parser.add_argument(
         "--kernels", action="store_true", help="profile them (takes host memory)"
     )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rsq-stream-shapes-") as root:
-        folder, text = Path(root) / "model", Path(root) / "text.txt"
-        output = Path(root) / "out"
-        write_model(folder, given.shape, given.blocks)
-        write_text(text, 2 * given.samples * given.sequence_length + 1000)
-        options = [str(folder), "--output", str(output), "--calibration", str(text)]
-        names = ("method", "samples", "sequence_length", "bits", "group_size")
-        for name in (*names, "ram", "vram"):
-            value = getattr(given, name)
-            if value is not None:
-                options += [f"--{name.replace('_', '-')}", str(value)]
-        options += ["--device", given.device]
-        if given.threads:
-            options += ["--threads", str(given.threads)]
-        work = output.with_name("out.work")
-        planned, _ = call(["plan", *options], work)
-        if given.only_plan:
-            print(json.dumps(planned["execution"], indent=2))
-            return
-        made, watch = call(["quantize", *options], work, kernels=given.kernels)
-        shards = output.glob("*.safetensors")
-        made["shard_bytes"] = sum(path.stat().st_size for path in shards)
-        print(f"{given.shape} shape, {given.blocks} blocks, {given.samples} windows of")
-        print(f"{given.sequence_length} tokens, {given.bits} bits, {given.device}\n")
-        report(planned, made, watch)
-        if given.device.startswith("cuda"):
-            read, written = disk_rates(Path(root))
-            pace = pace_of(made, given.shape, given.blocks, read, written)
-            report_pace(made, pace, given.shape)
+        planned, made, watch, pace = measured(given, Path(root))
+    if not made:
+        print(json.dumps(planned["execution"], indent=2))
+        return
+    found = figures(planned, made, watch)
+    if given.json:
+        print(json.dumps({**found, "anonymous": watch.anonymous}))
+        return
+    print(f"{given.shape} shape, {given.blocks} blocks, {given.samples} windows of")
+    print(f"{given.sequence_length} tokens, {given.bits} bits, {given.device};", end="")
+    print(f" RssAnon at most {watch.anonymous / MIB:.1f} MiB\n")
+    report(made, found)
+    if pace is not None:
+        report_pace(made, pace, given.shape)
+
+
+def measured(
+    given: argparse.Namespace, root: Path
+) -> tuple[dict[str, Any], dict[str, Any], Watch, Pace | None]:
+    """Write a model and quantize it; without a run where only a plan was wanted."""
+    words = min(2 * given.samples * given.sequence_length + 1000, _MOST_WORDS)
+    writer = [sys.executable, str(Path(__file__).with_name("write_shape.py")), root]
+    sizes = ["--shape", given.shape, "--blocks", given.blocks, "--words", words]
+    subprocess.run([str(part) for part in (*writer, *sizes)], check=True)
+    folder, output = root / "model", root / "out"
+    options = [str(folder), "--output", str(output)]
+    options += ["--calibration", str(root / "text.txt"), "--device", given.device]
+    names = ("method", "samples", "sequence_length", "bits", "group_size")
+    for name in (*names, "ram", "vram", "threads"):
+        value = getattr(given, name)
+        if value is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    work = output.with_name("out.work")
+    planned, watch = call(["plan", *options], work)
+    if given.only_plan:
+        return planned, {}, watch, None
+    watching = ["--kernels"] * given.kernels
+    watching += ["--limit", given.ram] if given.hard else []
+    made, watch = call(["quantize", *options], work, *watching)
+    shards = output.glob("*.safetensors")
+    made["shard_bytes"] = sum(path.stat().st_size for path in shards)
+    pace = None
+    if given.device.startswith("cuda"):
+        config = json.loads((folder / "config.json").read_text())
+        pace = pace_of(made, config, *disk_rates(root))
+    return planned, made, watch, pace
 
 
 if __name__ == "__main__":

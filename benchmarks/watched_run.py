@@ -1,28 +1,36 @@
 """Run rsq-stream and watch the GPU meanwhile; ``shapes.py`` starts it.
 
-    python benchmarks/watched_run.py [--kernels] COMMAND ...
+    python benchmarks/watched_run.py [--kernels] [--limit 2GiB] -- COMMAND ...
 
 The last line of stderr is JSON: bytes written, the seconds of each block, and by stage
 (as the memory plan has them) how often the GPU had work when it was looked at. Looking
 asks the compute stream whether it is done, 500 times a second, and waits for nothing.
 Compute that is held until a copy arrives counts as work: ``--kernels`` has the
 profiler add up the times of kernels themselves, which takes some GiB of host memory.
+``--limit`` has the kernel refuse memory beyond it (``shapes.py`` says how).
 """
 
+import argparse
 import json
+import resource
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rsq_stream.cli.main import main
+from rsq_stream.cli.text import parse_size
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+import rsq_stream.bits_choice
+import rsq_stream.pipeline
+import rsq_stream.planner  # noqa: F401  all that a run imports counts before its limit
 from rsq_stream.stage_meter import StageMeter
 from rsq_stream.storage.journal import Journal
 
@@ -43,7 +51,7 @@ class Watch:
 
     def _watch(self) -> None:
         # Not before somebody computes: a context costs memory.
-        while not self._ended.wait(EVERY_S):
+        while torch.cuda.is_available() and not self._ended.wait(EVERY_S):
             if torch.cuda.is_initialized() and self.stage:
                 stage = self.stage
                 self.looks[stage] += 1
@@ -104,22 +112,40 @@ def kernel_seconds(events: Iterable[Any]) -> float:
     )
 
 
+def limit_memory(ram: str) -> None:
+    """Set RLIMIT_DATA to what there is by now, what is left of ``ram``, and 256 MiB."""
+    kept = Path("/proc/self/status").read_text().split()
+    data, resident = (
+        int(kept[kept.index(key) + 1]) << 10 for key in ("VmData:", "VmRSS:")
+    )
+    limit = data + parse_size("--ram", ram) - resident + (256 << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    kernels = arguments[:1] == ["--kernels"]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--limit")
+    parser.add_argument("command", nargs="+")
+    given = parser.parse_args()
     watch = Watch()
-    follow_stages(watch)
+    if torch.cuda.is_available():
+        follow_stages(watch)
     block_s = follow_blocks()
-    profiled = profile(activities=[ProfilerActivity.CUDA]) if kernels else nullcontext()
+    profiled = (
+        profile(activities=[ProfilerActivity.CUDA]) if given.kernels else nullcontext()
+    )
+    if given.limit:
+        limit_memory(given.limit)
     try:
         with profiled as seen:
-            main(arguments[1:] if kernels else arguments)
+            main(given.command)
     finally:
         found: dict[str, Any] = {
             "written_bytes": psutil.Process().io_counters().write_bytes,
             "busy": watch.shares(),
             "block_s": block_s,
         }
-        if kernels:
+        if given.kernels:
             found["kernel_s"] = kernel_seconds(seen.profiler.kineto_results.events())
         print(json.dumps(found), file=sys.stderr)

@@ -215,8 +215,10 @@ def _solver(plan: QuantizationPlan) -> str:
 def warn_about_disk(made: Prepared) -> None:
     """Warn if output and scratch cannot both fit where they go."""
     from rsq_stream.room import shortage
+    from rsq_stream.supply import bytes_to_fetch
 
-    missing = shortage(made.execution, made.options)
+    fetched_bytes = bytes_to_fetch(made.checkpoint, made.options)
+    missing = shortage(made.execution, made.options, fetched_bytes)
     if missing:
         remark("warning", missing)
 

@@ -167,7 +167,8 @@ def choose_windows(
         )
     chooser = random.Random(seed)
     starts = [chooser.randint(0, spare) for _ in range(samples)]
-    return torch.stack([token_T[start : start + sequence_length] for start in starts])
+    # At once: a tensor for each window would take as much as a short window.
+    return token_T.unfold(0, sequence_length, 1)[torch.tensor(starts)]
 
 
 def _fetched(name: str, data_set: DataSet) -> Path:

@@ -8,6 +8,7 @@ any target.
 import dataclasses
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import MEASURED, RunFolder
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.streams import Stream
-from rsq_stream.supply import OUTSIDE, mover
+from rsq_stream.supply import OUTSIDE, bytes_to_fetch, mover
 from rsq_stream.token_importance import make_importance
 
 
@@ -92,15 +93,16 @@ def measure(
     # Nothing of the output is written here.
     needs = dataclasses.replace(execution, output_bytes=0, small_bytes=0)
     here = dataclasses.replace(options, work_dir=place)
+    to_fetch = partial(bytes_to_fetch, checkpoint, options)
     with (
-        room.said_when_full(needs, here),
+        room.said_when_full(needs, here, to_fetch),
         RunFolder(place) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
     ):
         passes = Passes(pool, execution.in_flight, listener, stop)
         if options.restart:
             folder.clear()
-        if missing := room.shortage(needs, here):
+        if missing := room.shortage(needs, here, to_fetch()):
             raise ScratchError(missing)
         while True:
             try:
@@ -254,6 +256,8 @@ class _Run:
             {},
             self._source.news(),
         )
+        if index >= 0:
+            self._slots.release_inputs_of(index)
 
     def close(self) -> None:
         """Stop the threads that hash, read and write."""

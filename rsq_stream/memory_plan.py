@@ -16,7 +16,6 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import StageMemory
 from rsq_stream.forward_memory import forward_bytes
 from rsq_stream.model.architecture import (
-    EMBEDDING,
     LINEARS,
     STAGES,
     Architecture,
@@ -25,21 +24,15 @@ from rsq_stream.model.architecture import (
     role,
 )
 from rsq_stream.ops.transit import pinned_total, staged_bytes
-from rsq_stream.row_chunks import chunk_rows
-from rsq_stream.schemes import HEAD_LINEAR
+from rsq_stream.outer_memory import largest_linear, outer_bytes, rotation_bytes
 
 FP32 = 4
 _OUTSIDE, _READING = "embedding and head", "read and rotate"
 """The stages in which no next block is read."""
 WRITES_H = 2
 """The stage whose pass writes h (``streams.py``)."""
-PART_BYTES = FP32 << 26
-"""What a GPU rotates at a time (``model/rotate.py``)."""
-CHUNK_COPIES, ROUNDED_CHUNK_COPIES = 7, 18
-"""Chunks in fp32 that rotating rows of the head takes, and rounding them; 6.5 and 17
-seen."""
-ROTATION_COPIES = 4
-"""A rotation's argument, that with its signs, its result, and one in between."""
+TOKEN_BYTES = 4
+"""A token of the calibration set (``calibration.py``)."""
 TILE_COPIES = 6
 """fp32 copies of a tile of rows in the solver: weights, errors, those of rounding, and
 what refit and correction put beside them."""
@@ -83,6 +76,7 @@ class MemoryPlan:
 
     def _made(self, name: str, device: int, host: int) -> StageMemory:
         """Put a stage together; without a GPU the host has the device's part too."""
+        device, host = device + self._token_weights, host + self._windows
         if self.on_gpu:
             if self.plan.needs_calibration:  # they are there all the time
                 host += pinned_total(*self._flight)
@@ -92,27 +86,21 @@ class MemoryPlan:
         return StageMemory(name, 0, device + host)
 
     def _outside(self) -> StageMemory:
-        """Count a chunk of embedding or head on its way to the output."""
-        vocabulary, width = self.architecture.outer_shapes()[EMBEDDING]
-        kept = self.plan.scheme(HEAD_LINEAR, width) is None
-        copies = CHUNK_COPIES if kept else ROUNDED_CHUNK_COPIES
-        chunk = FP32 * min(vocabulary, chunk_rows(width)) * width
-        return self._made(_OUTSIDE, 0, copies * chunk)
+        """Count a chunk of embedding or head; and the windows, as written to a file."""
+        chunks = outer_bytes(self.architecture, self.plan)
+        return self._made(_OUTSIDE, 0, max(chunks, 2 * self._windows))
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""
-        largest = max(self._entries(name) for name in LINEARS)
-        whole = FP32 * self._block_entries
-        rotation = 0
-        if self.plan.residual_rotation != "none":
-            part = min(FP32 * largest, PART_BYTES) if self.on_gpu else FP32 * largest
-            rotation = ROTATION_COPIES * part
-        rotation = max(rotation, self.source_type.itemsize * largest)
+        kind, whole = self.source_type.itemsize, FP32 * self._block_entries
+        rotation = rotation_bytes(
+            self.architecture, self.plan, kind, on_gpu=self.on_gpu
+        )
         return self._made(_READING, whole + rotation, self._stored)
 
     def _rounding(self) -> StageMemory:
         """Count for rounding alone the block in fp32, and a linear's errors in fp64."""
-        largest = max(self._entries(name) for name in LINEARS)
+        largest = largest_linear(self.architecture)
         device = FP32 * self._block_entries + (2 * FP32 + 3 * 8) * largest
         return self._made("round", device, 0)
 
@@ -236,6 +224,23 @@ class MemoryPlan:
             entries = sum(map(self._entries, (*LINEARS, *twice)))
             host += self._compute_size * entries
         return host
+
+    @property
+    def _windows(self) -> int:
+        """The calibration set's tokens, which are kept to the end."""
+        plan = self.plan
+        if not plan.needs_calibration:
+            return 0
+        return TOKEN_BYTES * plan.samples * plan.sequence_length
+
+    @property
+    def _token_weights(self) -> int:
+        """The importance of each token, those of rolled copies too."""
+        plan = self.plan
+        if not plan.needs_calibration:
+            return 0
+        size = FP32 if plan.importance_exact else 2
+        return size * plan.sequences * plan.sequence_length
 
     def _statistics(self, stage: Stage) -> int:
         """Count H, and with two streams the drift."""

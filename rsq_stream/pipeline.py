@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -44,7 +45,7 @@ from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
 from rsq_stream.storage.run_folder import RunFolder
 from rsq_stream.storage.shards import Checkpoint
-from rsq_stream.supply import OUTSIDE, mover
+from rsq_stream.supply import OUTSIDE, bytes_to_fetch, mover
 
 Result = TypeVar("Result")
 
@@ -73,8 +74,9 @@ def quantize(
     began = time.monotonic()
     stop = stop or threading.Event()
     require_apart(options.output, options.work_dir)
+    to_fetch = partial(bytes_to_fetch, checkpoint, options)
     with (
-        room.said_when_full(execution, options),
+        room.said_when_full(execution, options, to_fetch),
         RunFolder(options.work_dir) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
         closing(StageMeter(torch.device(options.device))) as meter,
@@ -84,7 +86,7 @@ def quantize(
                 discard_unfinished(options.output)
             folder.clear()
         require_usable(options.output, resuming=folder.has_run)
-        if missing := room.shortage(execution, options):
+        if missing := room.shortage(execution, options, to_fetch()):
             raise ScratchError(missing)
         may_differ = DEVICE_FIELDS if options.allow_device_change else ()
         journal = folder.open_journal(plan.canonical_json(), plan.sha256, may_differ)
@@ -267,6 +269,8 @@ class _Run:
         )
         self.finished = index + 1
         if index >= 0:
+            if self._setup:
+                self._setup.slots.release_inputs_of(index)
             own = tuple(made for made in self.records.values() if made.block == index)
             self._passes.listener(
                 BlockFinished(block=index, seconds=seconds, records=own)

@@ -90,6 +90,14 @@ class RunSlots:
         """Give each stream's slot with a block's input, the output of the last."""
         return [turns[block % 2] for turns in self._streams]
 
+    def release_inputs_of(self, block: int) -> None:
+        """Let go of the memory of a finished block's input, long before its next turn.
+
+        It stays on disk: to make a damaged output again takes it.
+        """
+        for slot in self.inputs_of(block):
+            slot.release()
+
     def of_block(self, block: int) -> list[Slots]:
         """Give a block's slots, by stream."""
         return [

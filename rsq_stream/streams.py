@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from rsq_stream.config import QuantizationPlan
+from rsq_stream.model.architecture import STAGES
 from rsq_stream.model.block import Block
+from rsq_stream.ops.pages import Pages
 from rsq_stream.passes import FiniteWatch, Passes
 from rsq_stream.slots import Slots
 from rsq_stream.storage.activations import Slot
@@ -37,10 +39,20 @@ class Stream:
     block: Block
     slots: Slots
     plan: QuantizationPlan
-    _attention: dict[int, Tensor] = field(default_factory=dict)
+    _attention: Pages = field(init=False)
     """Attention outputs of resident units, between the second and third stage."""
-    _mlp: dict[int, Tensor] = field(default_factory=dict)
+    _mlp: Pages = field(init=False)
     """u of some units, between the fourth stage and the block's outputs."""
+
+    def __post_init__(self) -> None:
+        inputs = self.block.weight(STAGES[1].linears[0]).shape[1]
+        shape = self.slots.x.shape
+        tokens = shape.unit_sequences * shape.tokens
+        size = tokens * inputs * shape.dtype.itemsize
+        self._attention = Pages(self.slots.resident, size)
+        inputs = self.block.weight(STAGES[-1].linears[0]).shape[1]
+        compute: torch.dtype = getattr(torch, self.plan.compute_type)
+        self._mlp = Pages(self.slots.mlp_units, tokens * inputs * compute.itemsize)
 
     def slot(self, stage: int) -> Slot:
         """Give the slot that a stage's pass reads."""
@@ -58,21 +70,23 @@ class Stream:
 
     def _attention_out(self, unit: int, x_BTD: Tensor) -> StageInput:
         """Give c, by the present q, k, v."""
-        a_BTD = self.block.attention_input(self._computed(x_BTD))
-        c_BTI = self._stored(self.block.attention_output(a_BTD))
+        c_BTI = self._attention_output(x_BTD)
         if unit < self.slots.resident:
-            self._attention[unit] = c_BTI.to("cpu")
+            self._attention.put(unit, c_BTI)
         return StageInput(self._computed(c_BTI), x_BTD)
+
+    def _attention_output(self, x_BTD: Tensor) -> Tensor:
+        a_BTD = self.block.attention_input(self._computed(x_BTD))
+        return self._stored(self.block.attention_output(a_BTD))
 
     def _mlp_in(self, unit: int, x_BTD: Tensor) -> StageInput:
         """Give m, by the present o; h is kept for the passes that follow."""
         x_BTD = self._computed(x_BTD)
         if unit in self._attention:
-            c_BTI = self._computed(self._attention.pop(unit).to(x_BTD.device))
+            c_BTI = self._attention.take(unit).to(x_BTD.device)
         else:
-            c_BTI = self._attention_out(unit, x_BTD).value_BTI
-            self._attention.pop(unit, None)
-        h_BTD = self._stored(self.block.after_attention(x_BTD, c_BTI))
+            c_BTI = self._attention_output(x_BTD)
+        h_BTD = self._stored(self.block.after_attention(x_BTD, self._computed(c_BTI)))
         self.slots.h.write(unit, h_BTD, durable=True)
         return StageInput(self.block.mlp_input(self._computed(h_BTD)))
 
@@ -81,7 +95,7 @@ class Stream:
         m_BTD = self.block.mlp_input(self._computed(h_BTD))
         u_BTI = self.block.mlp_output(m_BTD)
         if unit < self.slots.mlp_units:
-            self._mlp[unit] = u_BTI
+            self._mlp.put(unit, u_BTI)
         return StageInput(u_BTI, h_BTD)
 
     def replay_h(self, passes: Passes, index: int) -> None:
@@ -115,10 +129,12 @@ class Stream:
         slots.x_next.renew()
 
         def one(unit: int, h_BTD: Tensor) -> Tensor:
-            h_BTD, u_BTI = h_BTD.to(device), self._mlp.pop(unit, None)
-            if u_BTI is None:
-                u_BTI = self._mlp_out(unit, h_BTD).value_BTI
-                self._mlp.pop(unit, None)
+            h_BTD = h_BTD.to(device)
+            if unit in self._mlp:
+                u_BTI = self._mlp.take(unit)
+            else:
+                m_BTD = self.block.mlp_input(self._computed(h_BTD))
+                u_BTI = self.block.mlp_output(m_BTD)
             return self._stored(self.block.after_mlp(self._computed(h_BTD), u_BTI))
 
         shape = slots.h.shape

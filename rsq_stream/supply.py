@@ -7,7 +7,7 @@ that damage makes necessary once more is simply fetched again.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from threading import Thread
 
@@ -20,6 +20,7 @@ from rsq_stream.model.architecture import (
     HEAD,
     Architecture,
     block_prefix,
+    read_architecture,
 )
 from rsq_stream.storage.files import HubFiles
 from rsq_stream.storage.journal import Journal
@@ -78,12 +79,12 @@ class Needs:
         blocks = self._by_block[block - OUTSIDE : stop]
         return list(dict.fromkeys(shard for shards in blocks for shard in shards))
 
-    def most_bytes(self) -> int:
-        """Give what lies on disk at most: a block's shards and the one after them."""
-        sizes = dict.fromkeys(self.last, 0)
-        for entry in self._checkpoint.tensors.values():
-            if entry.shard in sizes:
-                sizes[entry.shard] += entry.size_bytes
+    def most_bytes(self, absent: Collection[str] | None = None) -> int:
+        """Give what lies on disk at most: a block's shards and the one after them.
+
+        With ``absent``, of these shards alone: the others lie there all the time.
+        """
+        sizes = self._sizes(absent)
         here: set[str] = set()
         most = 0
         for block in range(OUTSIDE, len(self._by_block) + OUTSIDE):
@@ -93,6 +94,33 @@ class Needs:
             here.update([*ahead][:1])
             most = max(most, sum(sizes[shard] for shard in here))
         return most
+
+    def all_bytes(self, absent: Collection[str]) -> int:
+        """Give what these shards take in all."""
+        return sum(self._sizes(absent).values())
+
+    def _sizes(self, counted: Collection[str] | None) -> dict[str, int]:
+        """Give the bytes of each shard that is needed; of those not counted, none."""
+        sizes = dict.fromkeys(self.last, 0)
+        for entry in self._checkpoint.tensors.values():
+            if entry.shard in sizes and (counted is None or entry.shard in counted):
+                sizes[entry.shard] += entry.size_bytes
+        return sizes
+
+
+def bytes_to_fetch(checkpoint: Checkpoint, options: RunOptions) -> int:
+    """Give by how much a run lets the hub's cache grow at most; none for a folder.
+
+    What it fetched before it was stopped counts as there, although it may go.
+    """
+    files = checkpoint.files
+    if not isinstance(files, HubFiles):
+        return 0
+    needs = Needs(checkpoint, read_architecture(checkpoint.config, files.where))
+    absent = {shard for shard in needs.last if not files.cached(shard)}
+    if options.evict_source:
+        return needs.most_bytes(absent)
+    return needs.all_bytes(absent)
 
 
 def mover(

@@ -276,6 +276,7 @@ def generated(folder: Path, prompt: str, tokens: int) -> str:
     return str(tokenizer.decode(made[0], skip_special_tokens=True))
 
 
+@pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("which", ["toy", "quantized"])
 @pytest.mark.parametrize("available", [0, 10**9], ids=["read-again", "kept"])
 def test_greedy_samples_are_those_of_transformers(
@@ -291,6 +292,27 @@ def test_greedy_samples_are_those_of_transformers(
     assert greedy_sample(open_toy(folder), "Once upon", 12) == expected
     assert expected.startswith("Once upon")
     assert greedy_sample(open_toy(folder), "Once upon", 0) == "Once upon"
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_sample_never_has_the_whole_head(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room for it: 32 rows of 128 at a time, again for each token."""
+    little_memory(monkeypatch)
+    read: list[int] = []
+    rows = ModelReader.head_rows
+
+    def head_rows(reader: ModelReader, first: int, count: int) -> Tensor:
+        read.append(first)
+        found = rows(reader, first, count)
+        assert len(found) == 32
+        return found
+
+    monkeypatch.setattr(ModelReader, "head_rows", head_rows)
+    monkeypatch.delattr(ModelReader, "head")
+    greedy_sample(open_toy(toy), "ab", 2)
+    assert read == 2 * [0, 32, 64, 96]
 
 
 def test_a_sample_ends_at_the_end_of_text(toy: Path, tmp_path: Path) -> None:

@@ -129,10 +129,22 @@ def test_one_stage_by_hand(models: dict[str, Path]) -> None:
     block = attention + 3 * mlp * width + 2 * width  # norms too
     weights = 2 * (block + attention + 2 * mlp * width)  # all but down are there twice
     statistics = 4 * (mlp * mlp + width * mlp)
+    tokens = 256 * 4096
     blocks = 4 * (512 + 2 * 128) * mlp  # beside H, and what a tile of columns takes
-    assert found.device_bytes == weights + statistics + blocks
+    assert found.device_bytes == weights + statistics + blocks + 2 * tokens
     # And for each stream, unit in flight and one more, two pinned buffers of a unit.
-    assert found.host_bytes == 4 * mlp * width + 2 * 2 * 2 * 2 * 4096 * width
+    pinned = 2 * 2 * 2 * 2 * 4096 * width
+    assert found.host_bytes == 4 * mlp * width + 4 * tokens + pinned
+
+
+def test_tokens_and_their_weights_are_counted(models: dict[str, Path]) -> None:
+    """Of many short windows they are what grows with the calibration set."""
+    usual = memory_of(models["8B"], on_gpu=False)
+    plan = dataclasses.replace(usual.plan, samples=2 * usual.plan.samples, expand=2)
+    tokens = usual.plan.sequences * usual.plan.sequence_length
+    twice = dataclasses.replace(usual, plan=plan).stages()
+    for before, after in zip(usual.stages(), twice, strict=True):
+        assert after.host_bytes - before.host_bytes == (4 + 2 * 3) * tokens
 
 
 def test_a_host_that_computes_holds_all(models: dict[str, Path]) -> None:

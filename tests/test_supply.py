@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.errors import CheckpointError, Interrupted, UsageError
+from rsq_stream.errors import CheckpointError, Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Listener, ignore
 from rsq_stream.execution import RunOptions
 from rsq_stream.pipeline import quantize
@@ -24,7 +24,7 @@ from rsq_stream.run_summary import RunSummary
 from rsq_stream.storage import files
 from rsq_stream.storage.files import HubFiles, read_header
 from rsq_stream.storage.shards import Checkpoint
-from rsq_stream.supply import OUTSIDE, Needs
+from rsq_stream.supply import OUTSIDE, Needs, bytes_to_fetch
 from tests.cli_runs import Run
 from tests.toy import contents, open_toy, options_for, plan_toy, run_toy, toy_checkpoint
 
@@ -287,3 +287,33 @@ def test_the_command_says_it(run: Run, hub: Hub) -> None:
     code, _, error = run(*arguments[:1], hub.folder, *arguments[2:])
     assert code == 1
     assert "is a folder" in error
+
+
+def test_the_caches_disk_is_asked_for_the_shards(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those to be fetched; with --evict-source as many as lie there at a time."""
+    checkpoint, plan, options, _ = planned(hub, tmp_path / "out")
+    made = plan_execution(checkpoint, inspect_checkpoint(checkpoint), plan, options)
+    own = made.output_bytes + made.small_bytes
+    some = dataclasses.replace(options, evict_source=True)
+    assert bytes_to_fetch(checkpoint, options) == made.source_bytes
+    at_once = bytes_to_fetch(checkpoint, some)
+    assert at_once < made.source_bytes
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        del path
+        here = [*hub.place.rglob("*"), *tmp_path.glob("out*/**/*")]
+        taken = sum(p.stat().st_size for p in here if p.is_file())
+        return SimpleNamespace(free=own + at_once + 50_000 - taken)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    message = r"more bytes will be needed .* or give another .*, or --evict-source$"
+    with pytest.raises(ScratchError, match=message):
+        run_hub(hub, tmp_path / "out", evict_source=False)
+    assert hub.shards() == []
+    run_hub(hub, tmp_path / "out")
+    for shard in checkpoint.shards:
+        hub.download(ID, shard, revision=None)
+    assert bytes_to_fetch(checkpoint, options) == 0
+    assert bytes_to_fetch(open_toy(hub.folder), options) == 0

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsq_stream.errors import DamagedError
+from rsq_stream.ops.pages import Pages
 from rsq_stream.ops.transit import Leaving, Transit
 from rsq_stream.storage import atomic
 from rsq_stream.storage.checksum import checksum
@@ -90,7 +91,7 @@ class Slot:
         self._depth = depth
         self._direct = direct
         self._transit = transit
-        self._memory: dict[int, Tensor] = {}
+        self._memory = Pages(resident, shape.unit_bytes)
         self._made = False
         self._writes: deque[Future[None]] = deque()
         self._buffers: list[NDArray[np.uint8]] = []
@@ -115,7 +116,7 @@ class Slot:
             self._behind(self._land, unit, leaving, to_disk)
             return
         if unit < self._resident:
-            self._memory[unit] = x_BTD.to("cpu").contiguous()
+            self._memory.put(unit, x_BTD)
         if to_disk:
             content = self._staged(x_BTD)
             self.checksums[unit] = checksum(content.data)
@@ -134,8 +135,8 @@ class Slot:
         count = prod(self.shape.unit_shape(unit)) * self.shape.dtype.itemsize
         with leaving.landed() as buffer:
             if unit < self._resident:
-                dense = buffer[:count].clone().view(self.shape.dtype)
-                self._memory[unit] = dense.view(self.shape.unit_shape(unit))
+                dense = buffer[:count].view(self.shape.dtype)
+                self._memory.put(unit, dense.view(self.shape.unit_shape(unit)))
             if to_disk:
                 buffer[count:].zero_()
                 content = buffer.numpy()
@@ -155,7 +156,7 @@ class Slot:
         """Bring a unit into a buffer."""
         if unit not in self._memory:
             return self._load(unit, buffer.numpy())
-        x_BTD = self._memory[unit]
+        x_BTD = self._memory.get(unit)
         dense = buffer[: x_BTD.nbytes].view(x_BTD.dtype).view(x_BTD.shape)
         return dense.copy_(x_BTD)
 
@@ -171,7 +172,7 @@ class Slot:
             yield self._taken(ahead.popleft())
 
     def _taken(self, item: "Future[Tensor] | int") -> Tensor:
-        return self._memory[item] if isinstance(item, int) else item.result()
+        return self._memory.get(item) if isinstance(item, int) else item.result()
 
     def flush(self, *, durable: bool) -> None:
         """Wait for the writes; with ``durable`` a power cut cannot undo them."""
@@ -185,6 +186,10 @@ class Slot:
                 atomic.sync_file(self.folder / "zarr.json")
                 atomic.sync_folder(self.folder)
                 atomic.sync_folder(self.folder.parent)
+
+    def release(self) -> None:
+        """Let go of memory: what is read again comes from disk, if it was durable."""
+        self._memory.clear()
 
     def clear(self) -> None:
         """Forget what the slot holds: nobody needs it any more."""

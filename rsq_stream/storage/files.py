@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from huggingface_hub import (
     HfApi,
+    constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -113,6 +114,11 @@ class FolderFiles:
         found = self.path(name).stat()
         text = f"{found.st_size} bytes of {found.st_mtime_ns}/{found.st_ctime_ns} ns"
         return Stamp(text, None)
+
+
+def hub_cache() -> Path:
+    """Give the folder that hub files are fetched into."""
+    return Path(constants.HF_HUB_CACHE)
 
 
 class HubFiles:
