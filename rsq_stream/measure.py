@@ -166,7 +166,7 @@ class _Run:
         self._rope = Rope(family, self._config, length, compute, device)
         self._online = planned_rotations(plan, self._architecture)
         width, listener = self._architecture.width, passes.listener
-        self._slots = RunSlots(plan, width, execution, place, listener)
+        self._slots = RunSlots(plan, width, execution, place, listener, device)
 
     @property
     def blocks(self) -> int:

@@ -23,6 +23,7 @@ from rsq_stream.ops.pool import Pool
 from rsq_stream.planner import inspect_checkpoint
 from rsq_stream.schemes import HEAD_LINEAR
 from rsq_stream.source import Source
+from tests.fake_copies import take_a_gpus_way
 from tests.test_resume import SMALL
 from tests.toy import (
     Recorder,
@@ -85,6 +86,13 @@ def test_all_linears_have_costs_that_fall(costs: Costs) -> None:
         assert values == sorted(values, reverse=True)
         # A bit more is a quarter of the noise, roughly.
         assert 2 < found[4] / found[5] < 8
+
+
+def test_a_gpus_way_of_activations_changes_no_cost(
+    toy: Path, costs: Costs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_a_gpus_way(monkeypatch, 0)
+    assert measured(toy, tmp_path / "out") == costs
 
 
 def test_a_cost_is_what_the_block_loses(toy: Path, costs: Costs) -> None:

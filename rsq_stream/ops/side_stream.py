@@ -73,27 +73,26 @@ class SideStream:
         """Give memory of the current stream."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
-    def now(self) -> torch.cuda.Event:
+    def now(self) -> Moment:
         """Record an event on the current stream."""
-        return self._recorded(torch.cuda.current_stream(self.device))
+        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
-    def copy(self, target: Tensor, source: Tensor, after: Moment) -> torch.cuda.Event:
+    def copy(self, target: Tensor, source: Tensor, after: Moment) -> Moment:
         """Put the copy on the side stream."""
         assert isinstance(after, torch.cuda.Event)
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        return self._recorded(self._stream)
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
 
     def hold_compute(self, until: Moment) -> None:
         """Have the current stream wait for the event."""
         assert isinstance(until, torch.cuda.Event)
         torch.cuda.current_stream(self.device).wait_event(until)
-
-    def _recorded(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
-        event.record(stream)
-        return event
 
 
 def pinned_bytes(size_bytes: int) -> int:
