@@ -168,14 +168,18 @@ def round_block(
     schemes: dict[str, Scheme],
     grids: dict[str, Grid],
     tile_rows: int,
+    device: torch.device,
     passes: Passes,
     keep: Keep,
 ) -> list[LinearRecord]:
-    """Quantize a block by rounding alone: no activations, no Hessian."""
+    """Quantize a block by rounding alone: no activations, no Hessian.
+
+    Linears come to the device one by one, where they are not there already.
+    """
     records = []
     for linear, scheme in schemes.items():
         passes.check()
-        weight_OI = weights.pop(linear)
+        weight_OI = weights.pop(linear).to(device)
         solution = round_to_nearest(
             weight_OI, grids[linear], scheme.group_size, tile_rows, passes.pool
         )

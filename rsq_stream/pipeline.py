@@ -137,7 +137,8 @@ class _Run:
         self._output = OutputFolder(
             options.output, checkpoint, self.architecture, plan, journal
         )
-        device = torch.device(options.device)
+        self._device = device = torch.device(options.device)
+        self._streams_weights = execution.streams_weights
         self._source = Source(
             checkpoint, self.architecture, plan, device, self._identity
         )
@@ -244,11 +245,12 @@ class _Run:
     def _round(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
         plan, source = self._plan, self._source
         schemes, grids = schemes_and_grids(index, plan, source, tensors)
-        weights = {name: tensors[f"{name}.weight"] for name in schemes}
+        place = "cpu" if self._streams_weights else self._device
+        weights = {name: tensors.pop(f"{name}.weight").to(place) for name in schemes}
         tensors.clear()
         keep = keeper(index, plan, source, self._output)
-        rows, passes = plan.tile_rows, self._passes
-        return round_block(index, weights, schemes, grids, rows, passes, keep)
+        rows, device, passes = plan.tile_rows, self._device, self._passes
+        return round_block(index, weights, schemes, grids, rows, device, passes, keep)
 
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:
         """Make a block's bytes durable, then journal it, then name full shards."""
