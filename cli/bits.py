@@ -29,7 +29,7 @@ def with_bits(
     costs = measure(
         checkpoint,
         measuring,
-        plan_execution(checkpoint, architecture, measuring, options),
+        plan_execution(checkpoint, architecture, measuring, options, measures=True),
         options,
         made.windows,
         listener=listener,

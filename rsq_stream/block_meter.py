@@ -20,6 +20,7 @@ from rsq_stream.algorithm.solver import round_to_nearest
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.grids import make_grid
+from rsq_stream.measuring_memory import PROBE_TOKENS
 from rsq_stream.model.architecture import STAGES, block_prefix
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
@@ -29,8 +30,6 @@ from rsq_stream.token_importance import TokenImportance
 
 BITS = (2, 3, 4, 5, 6, 8)
 PROBE_BITS = 3
-PROBE_TOKENS = 8192
-"""Of the calibration set, as many tokens see each linear rounded."""
 
 Costs = dict[str, dict[int, float]]
 """By linear and bits: the mean share of a token's output energy that is lost."""
@@ -43,7 +42,7 @@ class BlockMeter:
     index: int
     stream: Stream
     weights: dict[str, Tensor]
-    """fp32 weights by linear."""
+    """fp32 weights by linear, in host memory; each is dropped when it is measured."""
     types: dict[str, torch.dtype]
     """Stored type of each linear."""
     plan: QuantizationPlan
@@ -51,7 +50,7 @@ class BlockMeter:
     importance: TokenImportance
     _losses: dict[str, dict[int, float]] = field(default_factory=dict)
     _probes: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
-    """Rounded weights by linear, and their loss."""
+    """Rounded weights by linear, in host memory, and their loss."""
 
     def run(self) -> Costs:
         """Measure all linears; the block's outputs are written as well."""
@@ -88,7 +87,8 @@ class BlockMeter:
 
     def _measure(self, linear: str, factor: Factor) -> None:
         """Find a linear's losses at all bits, and keep it as the probe has it."""
-        weight_OI = self.weights.pop(linear)
+        block = self.stream.block
+        weight_OI = self.weights.pop(linear).to(block.device)
         self._losses[linear] = {}
         for bits in BITS:
             self.passes.check()
@@ -103,7 +103,8 @@ class BlockMeter:
             self._losses[linear][bits] = float(loss)
             if bits == PROBE_BITS:
                 probe_loss = float(weighted_losses([error_OI], factor))
-                self._probes[linear] = decoded_OI, probe_loss
+                rounded_OI = decoded_OI.to("cpu", block.weight(linear).dtype)
+                self._probes[linear] = rounded_OI, probe_loss
 
     def _scheme(self, linear: str, bits: int, inputs: int) -> Scheme:
         scheme = self.plan.scheme(block_prefix(self.index) + linear, inputs)

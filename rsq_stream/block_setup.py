@@ -93,25 +93,6 @@ class BlockSetup:
         rows = partial(self.output.read_rows, EMBEDDING)
         embed(self.slots.inputs_of(0), windows, rows, self.passes.check)
 
-    def _placed(
-        self, tensors: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Give the linears' weights for the solver, and all tensors for the passes.
-
-        The first in fp32 in host memory: of them the solver wants one at a time. Each
-        tensor is dropped on the way, so that the device never has all of both.
-        """
-        compute = getattr(torch, self.plan.compute_type)
-        weights, cast = {}, {}
-        for name in list(tensors):
-            tensor, linear = tensors.pop(name), name.removesuffix(".weight")
-            cast[name] = tensor.to(compute)
-            if linear in LINEARS:
-                weights[linear] = tensor.to("cpu")
-                if self.streams_weights:
-                    cast[name] = cast[name].to("cpu")
-        return weights, cast
-
     def open(
         self, index: int, tensors: dict[str, Tensor], stages: int | None = None
     ) -> tuple[BlockSolver, int]:
@@ -126,7 +107,8 @@ class BlockSetup:
             What the finished stages left behind is not what they wrote.
         """
         schemes, grids = schemes_and_grids(index, self.plan, self.source, tensors)
-        weights, cast = self._placed(tensors)
+        compute = getattr(torch, self.plan.compute_type)
+        weights, cast = placed(tensors, compute, streams=self.streams_weights)
         # Both hold the source's weights, until those of the first are replaced; and
         # only the first sees activations as the served model does.
         quantizers = ActivationQuantizer(self.plan), AS_COMPUTED
@@ -170,6 +152,26 @@ class BlockSetup:
             ),
         )
         return solver, done
+
+
+def placed(
+    tensors: dict[str, Tensor], compute: torch.dtype, *, streams: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Give the linears' weights for the solver, and all tensors for the passes.
+
+    The first in fp32 in host memory: of them the solver wants one at a time. Each
+    tensor is dropped on the way, so that the device never has all of both. With
+    ``streams`` the passes' linears lie in host memory too.
+    """
+    weights, cast = {}, {}
+    for name in list(tensors):
+        tensor, linear = tensors.pop(name), name.removesuffix(".weight")
+        cast[name] = tensor.to(compute)
+        if linear in LINEARS:
+            weights[linear] = tensor.to("cpu")
+            if streams:
+                cast[name] = cast[name].to("cpu")
+    return weights, cast
 
 
 def set_up(

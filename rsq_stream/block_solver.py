@@ -22,6 +22,7 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import STAGES, block_prefix, role
+from rsq_stream.ops.heap import give_back_free_memory
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
 from rsq_stream.stage_statistics import StageStatistics, TokenWeights
@@ -90,6 +91,8 @@ class BlockSolver:
         meter = self.passes.meter
         with meter.stage(f"{stage.name}: pass"):
             hessian, drift = self._accumulated(number)
+        # What the pass took is free, and not of the sizes that the solver takes.
+        give_back_free_memory()
         self.passes.check()
         with meter.stage(f"{stage.name}: factorise"):
             order_I = None
@@ -168,14 +171,18 @@ def round_block(
     schemes: dict[str, Scheme],
     grids: dict[str, Grid],
     tile_rows: int,
+    device: torch.device,
     passes: Passes,
     keep: Keep,
 ) -> list[LinearRecord]:
-    """Quantize a block by rounding alone: no activations, no Hessian."""
+    """Quantize a block by rounding alone: no activations, no Hessian.
+
+    Linears come to the device one by one, where they are not there already.
+    """
     records = []
     for linear, scheme in schemes.items():
         passes.check()
-        weight_OI = weights.pop(linear)
+        weight_OI = weights.pop(linear).to(device)
         solution = round_to_nearest(
             weight_OI, grids[linear], scheme.group_size, tile_rows, passes.pool
         )

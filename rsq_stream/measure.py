@@ -16,6 +16,7 @@ import torch
 from rsq_stream import room
 from rsq_stream.activation_fields import NOTHING
 from rsq_stream.block_meter import PROBE_BITS, BlockMeter, Costs
+from rsq_stream.block_setup import placed
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import (
@@ -28,7 +29,6 @@ from rsq_stream.events import BlockFinished, Listener, Notice, RunStarted, ignor
 from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.identity import SourceIdentity
 from rsq_stream.model.architecture import (
-    LINEARS,
     Architecture,
     block_prefix,
     read_architecture,
@@ -78,7 +78,7 @@ def measure(
 ) -> Costs:
     """Measure all linears of a model, by full name; at once where that was done before.
 
-    ``plan`` and ``execution`` are those of ``measuring_plan``.
+    ``plan`` is that of ``measuring_plan``, ``execution`` one that ``measures``.
 
     Raises
     ------
@@ -165,6 +165,7 @@ class _Run:
         family, length = self._architecture.family, plan.sequence_length
         self._rope = Rope(family, self._config, length, compute, device)
         self._online = planned_rotations(plan, self._architecture)
+        self._streams_weights = execution.streams_weights
         width, listener = self._architecture.width, passes.listener
         self._slots = RunSlots(plan, width, execution, place, listener, device)
 
@@ -227,10 +228,8 @@ class _Run:
 
     def _block(self, index: int) -> Costs:
         tensors = self._source.block(index)
-        weights = {name: tensors[f"{name}.weight"] for name in LINEARS}
         compute = getattr(torch, self._plan.compute_type)
-        cast = {name: tensor.to(compute) for name, tensor in tensors.items()}
-        tensors.clear()
+        weights, cast = placed(tensors, compute, streams=self._streams_weights)
         family, rope, online = self._architecture.family, self._rope, self._online
         (slots,) = self._slots.of_block(index)
         block = Block(family, self._config, index, cast, rope, online=online)

@@ -38,6 +38,8 @@ TILE_COPIES = 6
 what refit and correction put beside them."""
 STATISTICS_ROWS = 2048
 """Rows of a 16-bit weight in fp32 at a time (``stage_statistics.py``)."""
+ROUNDING_BYTES = 2 * FP32 + 3 * 8
+"""Bytes of a weight while it is rounded alone, its error's energy in fp64."""
 DECODED_WIDTH = 5 * FP32
 """Bytes of a code while it is decoded or packed."""
 DECODED_BYTES = DECODED_WIDTH << 24
@@ -99,10 +101,12 @@ class MemoryPlan:
         return self._made(_READING, whole + rotation, self._stored)
 
     def _rounding(self) -> StageMemory:
-        """Count for rounding alone the block in fp32, and a linear's errors in fp64."""
+        """Count for rounding alone the block in fp32, and what a linear takes."""
         largest = largest_linear(self.architecture)
-        device = FP32 * self._block_entries + (2 * FP32 + 3 * 8) * largest
-        return self._made("round", device, 0)
+        block = FP32 * self._block_entries
+        if self.streams_weights:
+            return self._made("round", (FP32 + ROUNDING_BYTES) * largest, block)
+        return self._made("round", block + ROUNDING_BYTES * largest, 0)
 
     def _pass(self, number: int, stage: Stage, solved: list[str]) -> StageMemory:
         """Count the stage's statistics, and units on their way through the block."""

@@ -42,6 +42,8 @@ class Passes:
     ) -> Iterator[list[tuple[int, Result]]]:
         """Apply a function to (unit, activations of each slot); gives runs of results.
 
+        A run is there until the next is asked for, and is emptied then.
+
         Raises
         ------
         Interrupted
@@ -56,9 +58,13 @@ class Passes:
             self.check()
             run = range(first, min(first + self.in_flight, units))
             items = [(unit, *next(reads)) for unit in run]
-            results = self.pool.map(lambda item: function(*item), items)
             tokens = sum(item[1].shape[0] * item[1].shape[1] for item in items)
-            yield list(zip(run, results, strict=True))
+            results = self.pool.map(lambda item: function(*item), items)
+            made = list(zip(run, results, strict=True))
+            del items, results
+            yield made
+            # Whoever takes it holds the list while the next one is made.
+            made.clear()
             self.listener(
                 UnitsDone(block=block, stage=stage, units=len(run), tokens=tokens)
             )

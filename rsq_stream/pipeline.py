@@ -137,20 +137,15 @@ class _Run:
         self._output = OutputFolder(
             options.output, checkpoint, self.architecture, plan, journal
         )
-        device = torch.device(options.device)
+        self._device = device = torch.device(options.device)
+        self._streams_weights = execution.streams_weights
         self._source = Source(
             checkpoint, self.architecture, plan, device, self._identity, passes.check
         )
         self._reads_ahead = execution.reads_ahead
         self._outer = Outer(self._source, plan, passes.pool)
-        self._move_to = mover(
-            options,
-            checkpoint,
-            self.architecture,
-            self._identity,
-            journal,
-            passes.check,
-        )
+        sources = checkpoint, self.architecture, self._identity
+        self._move_to = mover(options, *sources, journal, passes.check)
         self._setup = None
         if plan.needs_calibration:
             assert windows is not None
@@ -248,11 +243,12 @@ class _Run:
     def _round(self, index: int, tensors: dict[str, Tensor]) -> list[LinearRecord]:
         plan, source = self._plan, self._source
         schemes, grids = schemes_and_grids(index, plan, source, tensors)
-        weights = {name: tensors[f"{name}.weight"] for name in schemes}
+        place = "cpu" if self._streams_weights else self._device
+        weights = {name: tensors.pop(f"{name}.weight").to(place) for name in schemes}
         tensors.clear()
         keep = keeper(index, plan, source, self._output.write)
-        rows, passes = plan.tile_rows, self._passes
-        return round_block(index, weights, schemes, grids, rows, passes, keep)
+        rows, device, passes = plan.tile_rows, self._device, self._passes
+        return round_block(index, weights, schemes, grids, rows, device, passes, keep)
 
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:
         """Make a block's bytes durable, then journal it, then name full shards."""

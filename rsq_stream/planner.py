@@ -12,6 +12,7 @@ from rsq_stream.errors import (
     UnsupportedModelError,
 )
 from rsq_stream.execution import ExecutionPlan, RunOptions
+from rsq_stream.measuring_memory import MeasuringMemory
 from rsq_stream.memory_fit import (
     DEVICE_OVERHEAD_BYTES,
     HOST_OVERHEAD_BYTES,
@@ -84,8 +85,12 @@ def plan_execution(
     architecture: Architecture,
     plan: QuantizationPlan,
     options: RunOptions,
+    *,
+    measures: bool = False,
 ) -> ExecutionPlan:
     """Choose units in flight, resident units, and where a block's weights lie.
+
+    Of a run, or of the pass before it that ``measures`` what bits cost.
 
     Raises
     ------
@@ -95,8 +100,9 @@ def plan_execution(
     shape, room = slot_shape(plan, architecture.width), room_for(options)
     first = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight")
     wanted = options.units_in_flight or 2 * options.workers
+    kind = MeasuringMemory if measures else MemoryPlan
     memory = fitted(
-        MemoryPlan(
+        kind(
             architecture,
             plan,
             first.dtype,

@@ -119,13 +119,15 @@ class StageStatistics:
 
         slots = [stream.slot(number) for stream in self.streams]
         for run in self.passes.over(slots, self.index, stage.name, one):
-            units = [(u_TI, weight(unit)) for unit, (u_TI, _) in run]
-            hessian.add(units, self.passes.pool)
+            # No names: they would keep a run in memory while the next one is made.
+            hessian.add(
+                [(u_TI, weight(unit)) for unit, (u_TI, _) in run], self.passes.pool
+            )
             if drift is not None:
-                errors = [
-                    (error, u_TI) for _, (u_TI, error) in run if error is not None
-                ]
-                drift.add(errors, self.passes.pool)
+                drift.add(
+                    [(error, u_TI) for _, (u_TI, error) in run if error is not None],
+                    self.passes.pool,
+                )
         watch.require()
         return hessian, drift
 
