@@ -21,10 +21,10 @@ kernel's own mark. RssAnon, of which no library is part, is given beside it.
 
 ``--hard`` has the kernel refuse what goes beyond ``--ram``: RLIMIT_DATA, set when torch
 and this package are imported, is what the process has of writable private memory by
-then, as much as ``--ram`` leaves beside its resident memory, and 256 MiB. These are for
-memory that was asked for and is not touched, which counts as well: threads' stacks,
-holes in the heap. RLIMIT_AS would count what torch maps of its libraries besides, and a
-memory cgroup takes privileges that few have.
+then, as much as ``--ram`` leaves beside its resident memory, and 384 MiB. These are for
+memory that was asked for and is not touched, which counts as well: threads' stacks, and
+what of the heap was given back. RLIMIT_AS would count what torch maps of its libraries
+besides, and a memory cgroup takes privileges that few have.
 """
 
 import argparse
@@ -261,7 +261,7 @@ def main() -> None:
         return
     found = figures(planned, made, watch)
     if given.json:
-        print(json.dumps({**found, "anonymous": watch.anonymous}))
+        print(json.dumps({**found, "anonymous": [watch.anonymous]}))
         return
     print(f"{given.shape} shape, {given.blocks} blocks, {given.samples} windows of")
     print(f"{given.sequence_length} tokens, {given.bits} bits, {given.device};", end="")

@@ -113,12 +113,12 @@ def kernel_seconds(events: Iterable[Any]) -> float:
 
 
 def limit_memory(ram: str) -> None:
-    """Set RLIMIT_DATA to what there is by now, what is left of ``ram``, and 256 MiB."""
+    """Set RLIMIT_DATA to what there is by now, what is left of ``ram``, and 384 MiB."""
     kept = Path("/proc/self/status").read_text().split()
     data, resident = (
         int(kept[kept.index(key) + 1]) << 10 for key in ("VmData:", "VmRSS:")
     )
-    limit = data + parse_size("--ram", ram) - resident + (256 << 20)
+    limit = data + parse_size("--ram", ram) - resident + (384 << 20)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

@@ -1,15 +1,19 @@
 """A pass has no more in memory than what is in flight, and leaves nothing behind."""
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import factorise
+from rsq_stream.evaluation.reader import ModelReader
+from rsq_stream.model.architecture import LINEARS
 from rsq_stream.passes import flat
-from tests.toy import run_toy, toy_checkpoint
+from tests.toy import open_toy, run_toy, toy_checkpoint
 
 IN_FLIGHT = 2
 RUN: dict[str, Any] = {
@@ -59,3 +63,35 @@ def test_what_a_pass_took_is_given_back_before_the_solver_takes_its_own(
     )
     run_toy(toy, tmp_path / "out", **RUN)
     assert called == 2 * 4 * ["given back", "factorise"]
+
+
+def test_a_block_is_gone_once_nobody_has_it(toy: Path) -> None:
+    """At once: circles are found late, and hold the weights of block after block."""
+    reader = ModelReader(open_toy(toy), torch.device("cpu"))
+    rope = reader.rope(8)
+    gc.collect()
+    gc.disable()
+    try:
+        block = reader.block(0, rope)
+        block.forward(torch.zeros(1, 8, 96))
+        held = [weakref.ref(block.weight(linear)) for linear in LINEARS]
+        del block
+        assert all(found() is None for found in held)
+    finally:
+        gc.enable()
+
+
+def test_a_run_leaves_no_weights_behind(toy: Path, tmp_path: Path) -> None:
+    """Nothing that a block of a run was made of waits for the collector either."""
+    gc.collect()
+    gc.disable()
+    try:
+        run_toy(toy, tmp_path / "out", **RUN)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [made for made in gc.garbage if isinstance(made, Tensor)]
+        assert not any(made.shape == (96, 172) for made in left)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -14,7 +14,6 @@ of linears may lie in host memory while the block computes on a GPU.
 
 import importlib
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +96,9 @@ class Block:
             if isinstance(module, nn.Linear)
         }
         for module in self._linears.values():
-            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+            # A function of its own would hold the module that holds it, and with it the
+            # weights until Python looks for such circles: several blocks later.
+            module.__class__ = _Linear
         self._attention_norm: nn.Module = layer.input_layernorm
         self._mlp_norm: nn.Module = layer.post_attention_layernorm
         self._attention: nn.Module = layer.self_attn
@@ -176,6 +177,9 @@ class Block:
         return output
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """Compute W x + b; a weight that lies in host memory is fetched for this once."""
-    return nn.functional.linear(x, module.weight.to(x.device), module.bias)
+class _Linear(nn.Linear):
+    """A linear whose weight may lie in host memory, and is fetched for this once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute W x + b."""
+        return nn.functional.linear(x, self.weight.to(x.device), self.bias)

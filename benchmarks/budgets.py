@@ -1,0 +1,100 @@
+"""Budgets that are kept: runs under ``--ram`` and a hard limit, twice as large each.
+
+    python benchmarks/budgets.py [--cases narrow 8B blocks] [--scale 1.0] [--soft]
+
+- narrow: a block of width 256, MLP 768, with 16 M and 32 M tokens, within 2 GiB. Three
+  slots of 8.6 and 17 GB go to the disk of TMPDIR.
+- 8B: a block of that shape with 16 k and 32 k tokens, within 6 GiB.
+- blocks: 8 and 32 blocks of 4 M parameters, within 1 GiB.
+
+``--scale`` makes calibration sets shorter. Each run is one of ``benchmarks/shapes.py``,
+which says what is measured and what the hard limit is; ``--soft`` does without that.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1 << 20
+LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two runs that differ in tokens or blocks."""
+
+    shape: str
+    method: str
+    ram: str
+    blocks: tuple[int, int]
+    tokens: tuple[int, int]
+
+
+CASES = {
+    "narrow": Case("narrow", "gptq", "2GiB", (1, 1), (1 << 24, 1 << 25)),
+    "8B": Case("8B", "gptq", "6GiB", (1, 1), (1 << 14, 1 << 15)),
+    "blocks": Case("4M", "rsq", "1GiB", (8, 32), (1 << 13, 1 << 13)),
+}
+
+
+def measured(
+    case: Case, blocks: int, tokens: int, *, hard: bool
+) -> dict[str, list[float]]:
+    """Run once; gives planned and measured by what was."""
+    options = {
+        "shape": case.shape,
+        "method": case.method,
+        "ram": case.ram,
+        "blocks": blocks,
+        "samples": max(1, tokens // LENGTH),
+        "sequence-length": LENGTH,
+    }
+    given = [part for name, x in options.items() for part in (f"--{name}", str(x))]
+    program = str(Path(__file__).with_name("shapes.py"))
+    made = subprocess.run(
+        [sys.executable, program, *given, *["--hard"][: int(hard)], "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if made.returncode:
+        sys.exit(f"{case.shape}, {blocks} blocks, {tokens} tokens: failed")
+    found: dict[str, list[float]] = json.loads(made.stdout)
+    return found
+
+
+def main() -> None:
+    """Run the cases, print a line for each run and the growth of each pair."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--soft", action="store_true", help="no hard limit")
+    given = parser.parse_args()
+    print(
+        "| shape | blocks | tokens | --ram | planned, MiB | VmHWM, MiB | RssAnon, MiB |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    growth = []
+    for name in given.cases:
+        case, peaks = CASES[name], []
+        for blocks, whole in zip(case.blocks, case.tokens, strict=True):
+            tokens = int(whole * given.scale) // LENGTH * LENGTH
+            found = measured(case, blocks, tokens, hard=not given.soft)
+            planned, resident = found["host memory"]
+            (anonymous,) = found["anonymous"]
+            sizes = " | ".join(f"{x / MIB:.1f}" for x in (planned, resident, anonymous))
+            print(f"| {case.shape} | {blocks} | {tokens} | {case.ram} | {sizes} |")
+            sys.stdout.flush()
+            peaks.append(resident)
+        added = (peaks[1] - peaks[0]) / MIB
+        more = case.blocks[1] - case.blocks[0]
+        each = f", {added / more:.2f} a block" if more else ""
+        share = peaks[1] / peaks[0] - 1
+        growth.append(f"{name}: {added:+.1f} MiB, {share:+.2%}{each}")
+    print("\n" + "\n".join(growth))
+
+
+if __name__ == "__main__":
+    main()
