@@ -33,6 +33,7 @@ from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
 """A unit holds as many whole sequences as fit into this many tokens, at least one."""
+WIDE_MODEL = 2048
 Setting = TypeVar("Setting")
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096
@@ -120,6 +121,14 @@ def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
             f" this model was made for, not {wanted}"
         )
     return wanted
+
+
+def host_tile_rows(width: int) -> int:
+    """Give the rows that a CPU's thread solves together.
+
+    Products of more rows are faster; with fewer there are tiles for all cores.
+    """
+    return 256 if width >= WIDE_MODEL else 128
 
 
 def make_plan(
@@ -217,7 +226,7 @@ def make_plan(
         unit_sequences=max(1, UNIT_TOKENS // length),
         hessian_panel=2048 if cuda else 128,
         tile_columns=128,
-        tile_rows=4096 if cuda else 128,
+        tile_rows=4096 if cuda else host_tile_rows(architecture.width),
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
     )

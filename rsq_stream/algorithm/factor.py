@@ -91,7 +91,7 @@ def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor
     mean = float(diagonal_I.double().mean())
     if not 0 <= mean < float("inf"):
         raise NumericalError("the Hessian holds NaN or infinity on its diagonal")
-    blocks = _keep_hessian(matrix_II, tile)
+    blocks = _keep_hessian(matrix_II, tile, pool)
     share = damping
     for attempt in range(1, _ATTEMPTS + 1):
         if attempt > 1:
@@ -117,15 +117,21 @@ def factorise(hessian: Hessian, damping: float, tile: int, pool: Pool) -> Factor
     )
 
 
-def _keep_hessian(matrix_II: Tensor, tile: int) -> list[Tensor]:
+def _keep_hessian(matrix_II: Tensor, tile: int, pool: Pool) -> list[Tensor]:
     """Copy the upper triangle below the diagonal blocks, and those blocks aside."""
-    blocks = []
-    for start, end in wide_blocks(matrix_II.shape[0], tile):
+
+    def one(run: tuple[int, int]) -> Tensor:
+        start, end = run
         rows = slice(start, end)
+        for at in range(0, start, tile):
+            # By way of a small copy, which is turned in the processor's cache.
+            turned_WC = matrix_II[at : at + tile, rows].T.contiguous()
+            matrix_II[rows, at : at + tile] = turned_WC
         upper_WW = matrix_II[rows, rows].triu()
-        blocks.append(upper_WW + upper_WW.triu(1).T)
-        matrix_II[rows, :start] = matrix_II[:start, rows].T
-    return blocks
+        return upper_WW + upper_WW.triu(1).T
+
+    runs = wide_blocks(matrix_II.shape[0], tile)
+    return pool.map(one, reversed(runs))[::-1]
 
 
 def _restore_hessian(matrix_II: Tensor, blocks: list[Tensor]) -> None:
