@@ -103,8 +103,15 @@ def solver(size: int, device: torch.device, pool: Pool) -> None:
     if not torch.equal(unpack(packed[0], 3, size), found[0].code_OI):
         sys.exit("unpack(pack(x)) is not x: not timed")
     row("packing", pack_s, product, product_s)
-    total_s = factor_s + solve_s + pack_s
-    row("the three together", total_s, product, product_s)
+    tiles = [[tile_RI, tile_RI] for tile_RI in weight_OI.split(rows)]
+    losses_s = timed(
+        lambda: pool.map(lambda two: weighted_losses(two, factor), tiles), device
+    )
+    row("exact losses, of rounding and of the weights", losses_s, product, product_s)
+    whole_s = factor_s + solve_s + pack_s
+    total_s = whole_s - losses_s
+    row("factorisation, sweep, packing", total_s, product, product_s)
+    row("the losses too", whole_s, product, product_s)
     search_s = timed(lambda: run(weight_OI, searched), device) - solve_s
     row("clip search, 80 steps", search_s, product, product_s)
     loop = []
@@ -116,7 +123,8 @@ def solver(size: int, device: torch.device, pool: Pool) -> None:
     # The same method: only ties, and scales rounded to bf16, tell them apart.
     if not abs(error / found[0].relative_error - 1) < 0.01:
         sys.exit(f"the torch loop has {error}, not {found[0].relative_error}")
-    row("textbook GPTQ, a torch loop", loop_s, "the three together", total_s)
+    row("textbook GPTQ, a torch loop", loop_s, "the three", total_s)
+    row("textbook GPTQ, a torch loop", loop_s, "the losses too", whole_s)
 
 
 def torch_loop(

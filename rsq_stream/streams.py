@@ -130,12 +130,15 @@ class Stream:
 
         def one(unit: int, h_BTD: Tensor) -> Tensor:
             h_BTD = h_BTD.to(device)
-            if unit in self._mlp:
-                u_BTI = self._mlp.take(unit)
+            kept, h_BTD = unit in self._mlp, self._computed(h_BTD)
+            if kept:
+                u_BTI = self._mlp.get(unit)
             else:
-                m_BTD = self.block.mlp_input(self._computed(h_BTD))
-                u_BTI = self.block.mlp_output(m_BTD)
-            return self._stored(self.block.after_mlp(self._computed(h_BTD), u_BTI))
+                u_BTI = self.block.mlp_output(self.block.mlp_input(h_BTD))
+            x_BTD = self._stored(self.block.after_mlp(h_BTD, u_BTI))
+            if kept:
+                self._mlp.drop(unit)
+            return x_BTD
 
         shape = slots.h.shape
         watch = FiniteWatch(index, "outputs", shape.sequences, shape.tokens, device)

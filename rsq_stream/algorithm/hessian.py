@@ -31,28 +31,38 @@ class Hessian:
         """
         inputs = self.matrix_II.shape[0]
 
+        weights = [None if _all_one(weight_T) else weight_T for _, weight_T in units]
+
         def add_panel(start: int) -> None:
             end = min(start + self.panel, inputs)
             panel_IC = self.matrix_II[:end, start:end]
-            for x_TI, weight_T in units:
+            for (x_TI, _), weight_T in zip(units, weights, strict=True):
                 accumulate(panel_IC, x_TI[:, :end], x_TI[:, start:end], weight_T)
 
-        pool.map(add_panel, range(0, inputs, self.panel))
+        # The highest first: they take the longest.
+        pool.map(add_panel, reversed(range(0, inputs, self.panel)))
         self.tokens += sum(x_TI.shape[0] for x_TI, _ in units)
+
+
+def _all_one(weight_T: Float[Tensor, "T"]) -> bool:
+    """Whether weights change nothing; a GPU is not asked, as one would wait for it."""
+    return not weight_T.is_cuda and bool((weight_T == 1).all())
 
 
 def accumulate(
     panel_IC: Float[Tensor, "I C"],
     x_TI: Tensor,
     x_TC: Tensor,
-    weight_T: Float[Tensor, "T"],
+    weight_T: Float[Tensor, "T"] | None,
 ) -> None:
     """Compute ``panel += x_TI^T (w * x_TC)`` in place, accumulating in fp32.
 
     fp32 inputs: one fp32 product. bf16 inputs: two products with fp32 results, of the
     terms that w * x is the sum of; with w in bf16 it has 16 significant bits, no more.
     """
-    weighted_TC = weight_T[:, None] * x_TC.float()
+    weighted_TC = x_TC.float()
+    if weight_T is not None:
+        weighted_TC = weight_T[:, None] * weighted_TC
     if x_TI.dtype == torch.float32:
         panel_IC.addmm_(x_TI.T, weighted_TC)
         return

@@ -57,6 +57,11 @@ class Pages:
     def take(self, number: int) -> Tensor:
         """Give a copy of a tensor, whose pages go back to the system."""
         copy = self.get(number).clone()
+        self.drop(number)
+        return copy
+
+    def drop(self, number: int) -> None:
+        """Give a tensor's pages back to the system: what was got of it is lost."""
         with self._making:
             del self._kept[number]
             if self._mapping is not None:
@@ -64,7 +69,6 @@ class Pages:
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, self._stride)
             if not self._kept:
                 self._mapping = None
-        return copy
 
     def clear(self) -> None:
         """Forget all; the pages go once nobody holds a tensor in them."""
