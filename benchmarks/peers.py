@@ -36,6 +36,7 @@ PROGRAM = Path(sys.executable).with_name(OURS)
 MSE = {"observer": "memoryless_mse", "observer_kwargs": {"maxshrink": 0.8}}
 ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llm-compressor, GPTQ as is", "llm-compressor", {}),
+    ("llm-compressor, GPTQ, MSE scales", "llm-compressor", MSE),
     (
         "llm-compressor, GPTQ, rotation, MSE scales, asymmetric",
         "llm-compressor",
@@ -48,11 +49,6 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"mse": 2.4, "sym": False},
     ),
     ("auto-round, 200 iterations, asymmetric", "auto-round", {"sym": False}),
-    (
-        "llm-compressor, GPTQ, MSE scales",
-        "llm-compressor",
-        MSE,
-    ),
     (OURS, OURS, {}),
     (f"{OURS} --method gptq", OURS, {"method": "gptq"}),
 )

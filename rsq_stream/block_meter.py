@@ -21,11 +21,11 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.grids import make_grid
 from rsq_stream.measuring_memory import PROBE_TOKENS
-from rsq_stream.model.architecture import STAGES, block_prefix
+from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
 from rsq_stream.stage_statistics import StageStatistics
-from rsq_stream.streams import WRITES_H, Stream
+from rsq_stream.streams import Stream
 from rsq_stream.token_importance import TokenImportance
 
 BITS = (2, 3, 4, 5, 6, 8)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import STAGES, block_prefix
+from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix
 from rsq_stream.model.block import Block
 from rsq_stream.output_folder import OutputFolder
 from rsq_stream.packed_format import decode_linear
@@ -25,7 +25,6 @@ from rsq_stream.storage import atomic
 from rsq_stream.storage.activations import Slot
 from rsq_stream.storage.checksum import checksum
 from rsq_stream.storage.journal import Journal
-from rsq_stream.streams import WRITES_H
 
 TOKEN_WEIGHTS = "token-weights.safetensors"
 

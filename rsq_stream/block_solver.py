@@ -21,12 +21,12 @@ from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.errors import NumericalError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import STAGES, block_prefix, role
+from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix, role
 from rsq_stream.ops.heap import give_back_free_memory
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
 from rsq_stream.stage_statistics import StageStatistics, TokenWeights
-from rsq_stream.streams import WRITES_H, Stream
+from rsq_stream.streams import Stream
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]

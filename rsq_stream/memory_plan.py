@@ -18,6 +18,7 @@ from rsq_stream.forward_memory import forward_bytes
 from rsq_stream.model.architecture import (
     LINEARS,
     STAGES,
+    WRITES_H,
     Architecture,
     Stage,
     block_prefix,
@@ -29,8 +30,6 @@ from rsq_stream.outer_memory import largest_linear, outer_bytes, rotation_bytes
 FP32 = 4
 _OUTSIDE, _READING = "embedding and head", "read and rotate"
 """The stages in which no next block is read."""
-WRITES_H = 2
-"""The stage whose pass writes h (``streams.py``)."""
 TOKEN_BYTES = 4
 """A token of the calibration set (``calibration.py``)."""
 TILE_COPIES = 6

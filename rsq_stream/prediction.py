@@ -9,9 +9,15 @@ from math import prod
 from rsq_stream.algorithm.hadamard import kronecker_factors
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import ExecutionPlan
-from rsq_stream.model.architecture import LINEARS, STAGES, Architecture, Stage, role
+from rsq_stream.model.architecture import (
+    LINEARS,
+    STAGES,
+    WRITES_H,
+    Architecture,
+    Stage,
+    role,
+)
 from rsq_stream.rates import Rates, solve_flops
-from rsq_stream.streams import WRITES_H
 
 _BF16_TERMS = 2
 """A GPU multiplies w x as two bf16 terms (``algorithm/hessian.py``)."""

@@ -136,8 +136,7 @@ def _solved_weights(
 ) -> float:
     """Solve a tile of rows for each worker; gives weights a second."""
     inputs, device = len(factor.scale_I), factor.scale_I.device
-    most = plan.tile_rows if device.type == "cpu" else inputs
-    rows = min(plan.tile_rows, most) * pool.workers
+    rows = min(plan.tile_rows, inputs) * pool.workers
     # Spread evenly over the grid, in an order that is not a line.
     entry = torch.arange(rows * inputs, dtype=torch.int64, device=device)
     weight_OI = ((entry * 7919 % 10007).float() / 10007 - 0.5).reshape(rows, inputs)

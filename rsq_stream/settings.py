@@ -34,6 +34,7 @@ from rsq_stream.storage.shards import Checkpoint
 UNIT_TOKENS = 2048
 """A unit holds as many whole sequences as fit into this many tokens, at least one."""
 WIDE_MODEL = 2048
+"""Width from which a CPU solves more rows together."""
 Setting = TypeVar("Setting")
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096

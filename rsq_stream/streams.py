@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.model.architecture import STAGES
+from rsq_stream.model.architecture import STAGES, WRITES_H
 from rsq_stream.model.block import Block
 from rsq_stream.ops.pages import Pages
 from rsq_stream.passes import FiniteWatch, Passes
 from rsq_stream.slots import Slots
 from rsq_stream.storage.activations import Slot
-
-WRITES_H = 2
-"""The stage whose pass writes h; the one after it reads it."""
 
 
 class StageInput(NamedTuple):

@@ -30,7 +30,6 @@ class Hessian:
         leave an error of 2**-17 of a product at most.
         """
         inputs = self.matrix_II.shape[0]
-
         weights = [None if _all_one(weight_T) else weight_T for _, weight_T in units]
 
         def add_panel(start: int) -> None:

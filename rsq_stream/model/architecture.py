@@ -33,6 +33,8 @@ STAGES = (
     Stage("mlp in", ("mlp.gate_proj", "mlp.up_proj")),
     Stage("mlp out", ("mlp.down_proj",)),
 )
+WRITES_H = 2
+"""The stage whose pass writes h; the one after it reads it."""
 LINEARS = tuple(name for stage in STAGES for name in stage.linears)
 
 
