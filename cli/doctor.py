@@ -176,12 +176,11 @@ def check_sweep() -> str:
     zero_R = torch.full((63,), 4.0)
     level_RL = (torch.arange(8.0) - zero_R[:, None]) * scale_R[:, None]
     given = (weight_RC, upper_CC, scale_R, zero_R, level_RL)
-    code_RC, error_RC = sweep(weight_RC.clone(), *given)
-    naive_code_RC, naive_error_RC = sweep_naive(weight_RC.clone(), *given)
-    differing = int((code_RC != naive_code_RC).sum())
-    if differing or not torch.equal(error_RC, naive_error_RC):
-        raise ArithmeticError(f"{differing} of {code_RC.numel()} codes differ")
-    return f"{code_RC.numel()} codes are equal"
+    made, twin = sweep(weight_RC, *given), sweep_naive(weight_RC, *given)
+    differing = int((made.code_RC != twin.code_RC).sum())
+    if differing or not torch.equal(made.error_RC, twin.error_RC):
+        raise ArithmeticError(f"{differing} of {made.code_RC.numel()} codes differ")
+    return f"{made.code_RC.numel()} codes are equal"
 
 
 def check_clip_search() -> str:

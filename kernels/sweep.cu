@@ -3,6 +3,7 @@
 //     code_k = clamp(rint(target_k / scale) + zero, 0, top), or with -DTABLE
 //     code_k = how many of the midpoints between a table's values are below target_k / scale
 //     error_k = weight_k - level[code_k]
+//     left_k = target_k - level[code_k]
 //     target_j += error_k * upper[k, j]         for the columns j > k
 //
 // A warp takes a row. Lane l holds the targets of the columns l, l + 32, ... in
@@ -11,7 +12,7 @@
 //
 // Layout: target, weight [rows, columns] and upper [columns, columns] with a stride
 // between rows; scale, zero [rows]; level [rows, levels]; middle [levels - 1], only of a
-// table; code, error [rows, columns].
+// table; code, error, left [rows, columns].
 // -DCHUNKS=ceil(columns / 32), at most 8. Block: 128 threads, 4 rows.
 // Alone: nvcc -DCHUNKS=4 -cubin sweep.cu
 
@@ -38,7 +39,7 @@ sweep(const float *target, long long target_stride,
       const float *weight, long long weight_stride,
       const float *upper, long long upper_stride,
       const float *scale, const float *zero, const float *level, const float *middle,
-      unsigned char *code, float *error,
+      unsigned char *code, float *error, float *left,
       long long rows, long long columns, long long levels)
 {
     const int lane = threadIdx.x % WARP;
@@ -64,9 +65,11 @@ sweep(const float *target, long long target_stride,
             if (lane == turn) {
                 const long long kept =
                     code_of(__fmul_rn(goal[c], inverse), shift, middle, levels);
-                wrong = __fsub_rn(own[c], level[row * levels + kept]);
+                const float nearest = level[row * levels + kept];
+                wrong = __fsub_rn(own[c], nearest);
                 code[row * columns + k] = (unsigned char)kept;
                 error[row * columns + k] = wrong;
+                left[row * columns + k] = __fsub_rn(goal[c], nearest);
             }
             wrong = __shfl_sync(ALL, wrong, turn);
 #pragma unroll

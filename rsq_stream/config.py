@@ -29,7 +29,7 @@ from rsq_stream.schemes import (
     parse_override,
 )
 
-MATHS_VERSION = 2
+MATHS_VERSION = 3
 """Raised whenever the same plan would give other bytes than before."""
 
 METHODS = ("rsq", "quarot", "gptq", "rtn", "rotate")

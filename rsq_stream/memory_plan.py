@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 from rsq_stream.algorithm.factor import wide_blocks
+from rsq_stream.algorithm.loss import FEW_ROWS
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import StageMemory
 from rsq_stream.forward_memory import forward_bytes
@@ -32,9 +33,9 @@ _OUTSIDE, _READING = "embedding and head", "read and rotate"
 """The stages in which no next block is read."""
 TOKEN_BYTES = 4
 """A token of the calibration set (``calibration.py``)."""
-TILE_COPIES = 6
-"""fp32 copies of a tile of rows in the solver: weights, errors, those of rounding, and
-what refit and correction put beside them."""
+TILE_COPIES = 5
+"""fp32 copies of a tile of rows: weights, errors, those of rounding, codes, products.
+Of few rows, three more are put below each other (``loss.py``)."""
 STATISTICS_ROWS = 2048
 """Rows of a 16-bit weight in fp32 at a time (``stage_statistics.py``)."""
 ROUNDING_BYTES = 2 * FP32 + 3 * 8
@@ -149,13 +150,13 @@ class MemoryPlan:
     def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
         """Count tiles of rows, factor and drift, codes, target and correction."""
         plan, (outputs, inputs) = self.plan, self.architecture.linear_shape(linear)
-        tiles = -(-outputs // plan.tile_rows)
-        concurrent = min(self.workers, tiles)
+        concurrent = min(self.workers, -(-outputs // plan.tile_rows))
         rows = min(outputs, plan.tile_rows)
         whole = outputs * inputs
         # Codes of the solver and of rounding, by tile; then those that are kept, and
         # the weights that they stand for, by part and whole.
-        solving = concurrent * FP32 * TILE_COPIES * rows * inputs + 3 * whole
+        copies = TILE_COPIES + 3 * (rows <= FEW_ROWS)
+        solving = concurrent * FP32 * copies * rows * inputs + 3 * whole
         decoding = (1 + 2 * self._compute_size) * whole
         decoding += min(DECODED_WIDTH * whole, DECODED_BYTES)
         device = self._weights(solved, used=False) + self._statistics(stage)

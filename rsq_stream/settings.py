@@ -33,8 +33,6 @@ from rsq_stream.storage.shards import Checkpoint
 
 UNIT_TOKENS = 2048
 """A unit holds as many whole sequences as fit into this many tokens, at least one."""
-WIDE_MODEL = 2048
-"""Width from which a CPU solves more rows together."""
 Setting = TypeVar("Setting")
 SHARD_BYTES = 4_000_000_000
 DEFAULT_LONGEST = 4096
@@ -127,9 +125,11 @@ def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
 def host_tile_rows(width: int) -> int:
     """Give the rows that a CPU's thread solves together.
 
-    Products of more rows are faster; with fewer there are tiles for all cores.
+    Products of more rows are faster, and threads wait less for each other between the
+    steps of a tile; with fewer rows there are tiles for all cores. So a square linear
+    is eight tiles, within bounds.
     """
-    return 256 if width >= WIDE_MODEL else 128
+    return min(max(width // 8, 128), 512)
 
 
 def make_plan(

@@ -126,5 +126,5 @@ def take_a_gpus_way(monkeypatch: pytest.MonkeyPatch, seed: int) -> FakeDevice:
     monkeypatch.setattr(slots, "copies_aside", lambda _: True)
     monkeypatch.setattr(slots, "SideStream", lambda _: FakeCopies(fake))
     monkeypatch.setattr(passes, "_looks_at_each_unit", lambda _: False)
-    monkeypatch.setattr(factor, "_looks_at_each_tile", lambda _: False)
+    monkeypatch.setattr(factor, "_looks_at_each_block", lambda _: False)
     return fake

@@ -1,7 +1,6 @@
-"""One tile by the loop and by the library, and the whole factor from its tiles."""
+"""One block by the library, and the whole factor from its blocks."""
 
 import warnings
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -12,15 +11,14 @@ from torch import Tensor
 from rsq_stream.algorithm.factor import Factor, factorise, wide_blocks
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.errors import NumericalError
-from rsq_stream.ops.cholesky import factor_tile, factor_tile_naive
+from rsq_stream.ops.cholesky import factor_block
 from rsq_stream.ops.pool import Pool, single_threaded_products
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_size = pytest.mark.parametrize("size", [1, 2, 63, 128, 137])
-each_twin = pytest.mark.parametrize("twin", [factor_tile, factor_tile_naive])
-Twin = Callable[[Tensor], Tensor]
-LOOKS = "rsq_stream.algorithm.factor._looks_at_each_tile"
+WIDE = "rsq_stream.algorithm.factor._WIDE"
+LOOKS = "rsq_stream.algorithm.factor._looks_at_each_block"
 
 
 def positive(size: int, decades: float = 2.0) -> Tensor:
@@ -39,51 +37,55 @@ def off(root_CC: Tensor, matrix_CC: Tensor) -> float:
     return float((upper_CC @ upper_CC.T - matrix_CC).norm() / matrix_CC.norm())
 
 
+def by_the_textbook(matrix_CC: Tensor) -> Tensor:
+    """A = R R^T column by column, from the last, in the type of A."""
+    root_CC, left_CC = torch.zeros_like(matrix_CC), matrix_CC.clone()
+    for k in reversed(range(len(matrix_CC))):
+        root_CC[: k + 1, k] = left_CC[: k + 1, k] / left_CC[k, k].sqrt()
+        left_CC[:k, :k] -= root_CC[:k, k, None] * root_CC[:k, k]
+    return root_CC
+
+
 @each_device
 @each_size
 @pytest.mark.parametrize("decades", [0, 2, 5])
-def test_tile_keeps_to_the_budget_of_the_library(decades, size, device):
+def test_block_keeps_to_the_budget_of_the_textbook(decades, size, device):
     matrix_CC = positive(size, decades)
-    naive_CC, found_CC = matrix_CC.float(), matrix_CC.float().to(device)
-    assert factor_tile_naive(naive_CC) == -1
-    assert factor_tile(found_CC) == -1
+    naive_CC = by_the_textbook(matrix_CC.float())
+    found_CC = matrix_CC.float().to(device)
+    assert factor_block(found_CC) == -1
     assert bool((found_CC.diagonal() > 0).all())
     assert off(found_CC, matrix_CC) <= 2 * off(naive_CC, matrix_CC) + 1e-7
 
 
 @each_device
-@each_twin
 @each_size
-def test_tile_reads_and_writes_the_upper_triangle_only(size, twin, device):
+def test_block_reads_the_upper_triangle_only(size, device):
     matrix_CC = positive(size).float().to(device)
     poison_CC = torch.full_like(matrix_CC, torch.nan).tril(-1)
     clean_CC, poisoned_CC = matrix_CC.clone(), matrix_CC.triu() + poison_CC
-    assert twin(clean_CC) == twin(poisoned_CC) == -1
-    assert torch.equal(poisoned_CC.triu(), clean_CC.triu())
-    assert torch.equal(clean_CC.tril(-1), matrix_CC.tril(-1))
-    below = torch.ones_like(matrix_CC).tril(-1).bool()
-    assert bool(poisoned_CC[below].isnan().all())
+    assert factor_block(clean_CC) == factor_block(poisoned_CC) == -1
+    assert torch.equal(poisoned_CC, clean_CC)
+    assert not clean_CC.tril(-1).any()
 
 
 @each_device
-@each_twin
 @pytest.mark.parametrize("size", [1, 63, 137])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
-def test_tile_names_the_first_bad_pivot_from_below(value, size, twin, device):
+def test_block_names_the_first_bad_pivot_from_below(value, size, device):
     for index in {0, size // 2, size - 1}:
         matrix_CC = torch.eye(size, device=device)
         matrix_CC[index, index] = value
         matrix_CC[0, 0] = value  # the last that is reached
-        assert twin(matrix_CC) == index
+        assert factor_block(matrix_CC) == index
 
 
 @each_device
-@each_twin
-def test_tile_may_be_a_view(twin, device):
+def test_block_may_be_a_view(device):
     wide_II = torch.full((137, 137), torch.nan, device=device)
     wide_II[20:83, 30:93] = positive(63).float().to(device)
     alone_CC = wide_II[20:83, 30:93].clone()
-    assert twin(alone_CC) == twin(wide_II[20:83, 30:93]) == -1
+    assert factor_block(alone_CC) == factor_block(wide_II[20:83, 30:93]) == -1
     assert torch.equal(wide_II[20:83, 30:93], alone_CC)
     assert int(wide_II.isnan().sum()) == 137**2 - 63**2
 
@@ -114,13 +116,12 @@ def upper_of(factor: Factor) -> Tensor:
         *((1100, 63), (1100, 128), (1536, 128)),  # of several wide panels
     ],
 )
-def test_factor_keeps_to_the_budget_of_the_library(tile, size, device):
+def test_factor_keeps_to_the_budget_of_the_textbook(tile, size, device):
     matrix_II = positive(size, decades=4)
     factor = factor_of(matrix_II, tile=tile, device=device)
     mean = matrix_II.diagonal().mean()
     damped_II = matrix_II + 0.01 * mean * torch.eye(size)
-    naive_II = damped_II.float()
-    assert factor_tile_naive(naive_II) == -1
+    naive_II = by_the_textbook(damped_II.float())
     root_II = upper_of(factor) * factor.scale_I.cpu().double().sqrt()
     assert off(root_II, damped_II) <= 2 * off(naive_II, damped_II) + 1e-7
     assert bool((factor.scale_I > 0).all())
@@ -186,19 +187,20 @@ def test_damping_grows_from_the_hessian_that_was_given(tile, size, device):
 
 @pytest.mark.parametrize("failing", range(1, 6))
 @pytest.mark.parametrize("looks", [True, False])
-def test_damping_grows_whichever_tile_fails(failing, looks, monkeypatch):
-    """NaN from a failed tile spreads, where nobody looks, but H is there again."""
+def test_damping_grows_whichever_block_fails(failing, looks, monkeypatch):
+    """NaN from a failed block spreads, where nobody looks, but H is there again."""
     matrix_II, calls = positive(137).float(), []
 
-    def fail_once(tile_CC: Tensor) -> Tensor:
-        calls.append(tile_CC)
+    def fail_once(block_CC: Tensor) -> Tensor:
+        calls.append(block_CC)
         if len(calls) == failing:
-            tile_CC.fill_(torch.nan)
+            block_CC.fill_(torch.nan)
             return torch.tensor(0)
-        return factor_tile(tile_CC)
+        return factor_block(block_CC)
 
+    monkeypatch.setattr(WIDE, 32)  # five blocks
     direct = factor_of(matrix_II, tile=32, damping=0.1)
-    monkeypatch.setattr("rsq_stream.algorithm.factor.factor_tile", fail_once)
+    monkeypatch.setattr("rsq_stream.algorithm.factor.factor_block", fail_once)
     monkeypatch.setattr(LOOKS, lambda _: looks)
     grown = factor_of(matrix_II, tile=32)
     assert (grown.attempts, grown.damping) == (2, 0.1)
@@ -209,6 +211,7 @@ def test_damping_grows_whichever_tile_fails(failing, looks, monkeypatch):
 @pytest.mark.parametrize("size", [63, 137, 172])
 def test_one_look_at_the_end_gives_the_same(size, monkeypatch):
     """What a GPU does, on the CPU: a Hessian that takes several attempts, and none."""
+    monkeypatch.setattr(WIDE, 32)
     hard_II, bad_II = few_tokens(size), positive(size).float()
     bad_II[0, size // 2] = -1e9
     looked = factor_of(hard_II, tile=32, damping=1e-12)
@@ -222,7 +225,7 @@ def test_one_look_at_the_end_gives_the_same(size, monkeypatch):
 
 
 @pytest.mark.parametrize("damping", [0.01, 1e-12])
-def test_looks_do_not_grow_with_the_tiles(damping, monkeypatch):
+def test_looks_do_not_grow_with_the_blocks(damping, monkeypatch):
     """A tensor that becomes a number is a wait, on a GPU."""
     looks: list[str] = []
     for name in ("__bool__", "__int__", "__float__", "item"):
@@ -234,7 +237,7 @@ def test_looks_do_not_grow_with_the_tiles(damping, monkeypatch):
 
         monkeypatch.setattr(Tensor, name, counted)
     monkeypatch.setattr(LOOKS, lambda _: False)
-    monkeypatch.setattr("rsq_stream.algorithm.factor.factor_tile", factor_tile_naive)
+    monkeypatch.setattr(WIDE, 16)
     counts = []
     for size in (137, 320):
         looks.clear()

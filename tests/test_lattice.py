@@ -151,8 +151,12 @@ def test_faces_agree_with_their_twins(shape: tuple[int, int]) -> None:
             for at in range(0, columns, 8)
         ]
     )
-    code_RC, error_RC = sweep_lattice(*given)
-    twin_RC, twin_error_RC = sweep_lattice_naive(*given, unit_BCC)
+    code_RC, error_RC, _ = sweep_lattice(*given)
+    twin_RC, twin_error_RC, _ = sweep_lattice_naive(*given, unit_BCC)
+    for made in (sweep_lattice(*given), sweep_lattice_naive(*given, unit_BCC)):
+        owed_RC = (target_RC - weight_RC).double()
+        exact_RC = owed_RC + made.error_RC.double() @ upper_CC.double()
+        assert torch.allclose(made.left_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
     assert float((code_RC == twin_RC).double().mean()) > 0.99
     if columns == 8:
         assert torch.equal(error_RC, twin_error_RC)

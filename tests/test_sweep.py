@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.ops.sweep import sweep, sweep_naive
+from rsq_stream.ops.sweep import Swept, sweep, sweep_naive
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -54,15 +54,14 @@ def problem(
     return Given(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
 
 
-def same(given: Given, device: str) -> tuple[Tensor, Tensor]:
-    """Codes and errors, after the twin was seen to give the same."""
-    twin_code_RC, twin_error_RC = sweep_naive(*given)
-    code_RC, error_RC = (part.cpu() for part in sweep(*given.to(device)))
-    assert code_RC.dtype == torch.uint8
-    assert error_RC.dtype == torch.float32
-    assert torch.equal(code_RC, twin_code_RC)
-    assert torch.equal(error_RC, twin_error_RC)
-    return code_RC, error_RC
+def same(given: Given, device: str) -> Swept:
+    """What the sweep gives, after the twin was seen to give the same."""
+    twin = sweep_naive(*given)
+    found = Swept(*(part.cpu() for part in sweep(*given.to(device))))
+    assert found.code_RC.dtype == torch.uint8
+    assert found.error_RC.dtype == found.left_RC.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, twin, strict=True))
+    return found
 
 
 @each_device
@@ -71,9 +70,12 @@ def same(given: Given, device: str) -> tuple[Tensor, Tensor]:
 @each_size
 def test_sweep_is_its_twin(rows, columns, bits, zero, device):
     given = problem(rows, columns, bits, zero)
-    code_RC, error_RC = same(given, device)
+    code_RC, error_RC, left_RC = same(given, device)
     chosen_RC = given.level_RL.gather(1, code_RC.long())
     assert torch.equal(error_RC, given.weight_RC - chosen_RC)
+    upper_CC = given.upper_CC.double().triu(1)
+    exact_RC = given.target_RC + error_RC.double() @ upper_CC - chosen_RC
+    assert torch.allclose(left_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
 
 
 @each_device
@@ -83,7 +85,7 @@ def test_sweep_is_its_twin(rows, columns, bits, zero, device):
 def test_each_code_is_the_nearest_to_its_target(rows, columns, bits, zero, device):
     """Targets from the errors in float64, without any recursion."""
     given = problem(rows, columns, bits, zero)
-    code_RC, error_RC = (part.cpu() for part in sweep(*given.to(device)))
+    code_RC, error_RC, _ = (part.cpu() for part in sweep(*given.to(device)))
     upper_CC = given.upper_CC.double().triu(1)
     target_RC = given.target_RC.double() + error_RC.double() @ upper_CC
     wanted_RC = target_RC / given.scale_R[:, None] + given.zero_R[:, None]
@@ -98,7 +100,7 @@ def test_without_earlier_errors_it_is_rounding(bits, device):
     given = given._replace(
         upper_CC=torch.zeros_like(given.upper_CC), target_RC=given.weight_RC
     )
-    code_RC, _ = same(given, device)
+    code_RC = same(given, device).code_RC
     code_RC = code_RC.double()
     exact_RC = given.weight_RC.double() / given.scale_R[:, None] + given.zero_R[:, None]
     assert float((exact_RC.clamp(0, 2**bits - 1) - code_RC).abs().max()) <= 0.5 + 1e-4
@@ -115,7 +117,7 @@ def test_halves_go_to_the_even_step(device):
         zero_R=torch.full((1,), 4.0),
         level_RL=torch.arange(-4.0, 4.0)[None],
     )
-    code_RC, _ = same(given, device)
+    code_RC = same(given, device).code_RC
     assert code_RC.tolist() == [[2, 2, 4, 4, 6, 6]]
 
 
@@ -128,7 +130,7 @@ def test_rows_at_the_ends(value, columns, bits, device):
     given = problem(5, columns, bits, "symmetric")
     outside_RC = torch.full((5, columns), value)
     given = given._replace(target_RC=outside_RC, weight_RC=outside_RC.clamp(-4, 4))
-    code_RC, error_RC = same(given, device)
+    code_RC, error_RC, _ = same(given, device)
     assert bool(torch.isfinite(error_RC).all())
     first_R = code_RC[:, 0].long()
     if value == 0 or abs(value) == 1e-30:

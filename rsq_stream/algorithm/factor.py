@@ -3,8 +3,8 @@
 With it tr(E H E^T) = || E U D^(1/2) ||^2, so a column is quantized against
 w_k + sum over j < k of (w_j - q_j) U[j, k]: GPTQ without an inverse (the LDL
 form of QuIP; the derivation is in ``solver.py``). Blocked, right-looking, from
-the last tile upward: tile Cholesky, triangular solve, product. Tiles and order
-are fixed by the plan, so workers share tiles without changing a bit.
+the last block upward: Cholesky of the block, triangular solve, product. Blocks and
+order are fixed by the plan, so workers share them without changing a bit.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.errors import NumericalError
-from rsq_stream.ops.cholesky import factor_tile
+from rsq_stream.ops.cholesky import factor_block
+from rsq_stream.ops.columns import product
 from rsq_stream.ops.pool import Pool
 
 _WIDE = 512
@@ -68,7 +69,7 @@ class Factor:
         last = min(-(-end // wide) * wide, inputs)
         own = slice(start - first, end - first)
         around_WW = self.hessian_block(first, last)
-        pull_RW = error_RI[:, first:last] @ around_WW[:, own]
+        pull_RW = product(error_RI[:, first:last], around_WW[:, own])
         pull_RW.addmm_(error_RI[:, :first], self.matrix_II[start:end, :first].T)
         pull_RW.addmm_(error_RI[:, last:], self.matrix_II[last:, start:end])
         return pull_RW, around_WW[own, own]
@@ -153,59 +154,54 @@ def wide_blocks(inputs: int, unit: int) -> list[tuple[int, int]]:
 def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
     """Turn the upper triangle into U and return D; None if H is not p.d.
 
-    By wide panels of tiles: what lies left of a panel is updated once by all of it.
+    By blocks some tiles wide: what lies left of one is updated once by all of it.
 
-    On a GPU the one look at the verdict comes last: after a tile that failed, NaN may
+    On a GPU the one look at the verdict comes last: after a block that failed, NaN may
     spread, but only above the diagonal blocks and within them. What H is restored from
     is neither.
     """
-    size, looks = matrix_II.shape[0], _looks_at_each_tile(matrix_II)
+    size, looks = matrix_II.shape[0], _looks_at_each_block(matrix_II)
     scale_I = torch.empty_like(matrix_II.diagonal())
     failed = torch.zeros((), dtype=torch.bool, device=matrix_II.device)
     for first, end in reversed(wide_blocks(size, tile)):
-        for start in reversed(range(first, end, tile)):
-            tile_CC = matrix_II[start : start + tile, start : start + tile]
-            failed |= factor_tile(tile_CC) >= 0
-            failed |= ~torch.isfinite(tile_CC.diagonal()).all()
-            if looks and bool(failed):
-                return None
-            panel_IC = matrix_II[:start, start : start + tile]
-            root_CC = tile_CC.triu()
-            runs = [slice(*run) for run in wide_blocks(start, tile)]
-            pool.map(partial(_solve_panel, panel_IC, root_CC), runs)
-            inside = _columns(first, start, tile)
-            pool.map(partial(_update, matrix_II, panel_IC), inside)
-        panel_IW = matrix_II[:end, first:end]
-        update = partial(_update, matrix_II, panel_IW[:first])
-        pool.map(update, _columns(0, first, tile))
+        block_WW = matrix_II[first:end, first:end]
+        failed |= factor_block(block_WW) >= 0
+        failed |= ~torch.isfinite(block_WW.diagonal()).all()
+        if looks and bool(failed):
+            return None
+        panel_IW = matrix_II[:first, first:end]
+        runs = [slice(*run) for run in wide_blocks(first, tile)]
+        pool.map(partial(_solve_panel, panel_IW, block_WW), runs)
+        # The highest columns first: they take the longest.
+        columns = [slice(at, at + tile) for at in reversed(range(0, first, tile))]
+        pool.map(partial(_update, matrix_II, panel_IW), columns)
         # R = U D^(1/2): divide each column by its diagonal entry.
-        root_W = panel_IW[first:].diagonal().clone()
-        for start in range(first, end, tile):
-            columns = slice(start - first, start - first + tile)
-            panel_IW[: start + tile, columns] /= root_W[columns]
+        root_W = block_WW.diagonal().clone()
+        pool.map(partial(_divide, panel_IW, root_W), runs)
+        block_WW /= root_W
         scale_I[first:end] = root_W.square()
     return None if bool(failed) else scale_I
 
 
-def _looks_at_each_tile(matrix_II: Tensor) -> bool:
-    """Whether to stop at the first bad tile; for a GPU each look is a wait."""
+def _looks_at_each_block(matrix_II: Tensor) -> bool:
+    """Whether to stop at the first bad block; for a GPU each look is a wait."""
     return not matrix_II.is_cuda
 
 
-def _columns(first: int, end: int, tile: int) -> list[slice]:
-    """Give the tiles' columns, the highest first: they take the longest."""
-    return [slice(at, at + tile) for at in reversed(range(first, end, tile))]
-
-
-def _solve_panel(panel_IC: Tensor, root_CC: Tensor, rows: slice) -> None:
-    """Solve X R^T = A for some tiles of the panel above a factored tile."""
-    panel_IC[rows] = torch.linalg.solve_triangular(
-        root_CC.T, panel_IC[rows], upper=False, left=False
+def _solve_panel(panel_IW: Tensor, root_WW: Tensor, rows: slice) -> None:
+    """Solve X R^T = A for some rows of the panel above a factored block."""
+    panel_IW[rows] = torch.linalg.solve_triangular(
+        root_WW.T, panel_IW[rows], upper=False, left=False
     )
 
 
-def _update(matrix_II: Tensor, panel_IC: Tensor, columns: slice) -> None:
+def _divide(panel_IW: Tensor, root_W: Tensor, rows: slice) -> None:
+    """Divide some rows of a panel by their columns' diagonal entries."""
+    panel_IW[rows] /= root_W
+
+
+def _update(matrix_II: Tensor, panel_IW: Tensor, columns: slice) -> None:
     """Subtract a panel's part from one column of tiles, diagonal tile included."""
     matrix_II[: columns.stop, columns].addmm_(
-        panel_IC[: columns.stop], panel_IC[columns].T, alpha=-1
+        panel_IW[: columns.stop], panel_IW[columns].T, alpha=-1
     )

@@ -5,19 +5,38 @@ the symmetric grid z = 2**(bits-1), so the levels are -2**(bits-1) ..
 2**(bits-1) - 1 times s; a negative s mirrors them, at no cost in the format.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsq_stream.ops.clip_search import best_scale
 from rsq_stream.ops.descent import descend
-from rsq_stream.ops.sweep import sweep
+from rsq_stream.ops.rounding import Rounded, round_columns
+from rsq_stream.ops.sweep import Swept, sweep
 
 CLIP_STEP = 0.01
 """Candidate scales shrink by 1 % of the full range, as in the reference code."""
+
+
+@functools.cache
+def shrinking_shares(steps: int, device: torch.device) -> Float[Tensor, "P"]:
+    """Give the candidates' shares of a full range: 1.00, 0.99, ..."""
+    return 1 - CLIP_STEP * torch.arange(steps, dtype=torch.float32, device=device)
+
+
+def picked(
+    scale_RP: Float[Tensor, "R P"], best_R: Int[Tensor, "R"], *, mirrored: bool
+) -> Float[Tensor, "R"]:
+    """Give each row's best candidate, p of ``best_R`` itself and -1 - p its mirror."""
+    if not mirrored:
+        return scale_RP.gather(1, best_R[:, None])[:, 0]
+    index_R = torch.where(best_R < 0, -1 - best_R, best_R)
+    scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
+    return torch.where(best_R < 0, -scale_R, scale_R)
 
 
 @dataclass(frozen=True)
@@ -52,26 +71,22 @@ class Grid:
         rounded to the stored type before they are tried. A row of zeros gets
         the scale 1.
         """
-        low_R = target_RC.amin(dim=1).clamp(max=0)
-        high_R = target_RC.amax(dim=1).clamp(min=0)
+        low_R, high_R = target_RC.amin(dim=1), target_RC.amax(dim=1)
         if self.symmetric:
             full_R = torch.maximum(-low_R, high_R) / (2 ** (self.bits - 1) - 1)
             zero_R = torch.full_like(full_R, 2 ** (self.bits - 1))
         else:
+            low_R, high_R = low_R.clamp(max=0), high_R.clamp(min=0)
             full_R = (high_R - low_R) / self.top
             safe_R = torch.where(full_R > 0, full_R, 1.0)
             zero_R = torch.round(-low_R / safe_R).clamp(0, self.top)
-        shrink_P = 1 - CLIP_STEP * torch.arange(
-            self.clip_steps, dtype=torch.float32, device=target_RC.device
-        )
-        scale_RP = self.stored_sizes(full_R[:, None] * shrink_P)
+        shares_P = shrinking_shares(self.clip_steps, target_RC.device)
+        scale_RP = self.stored_sizes(full_R[:, None] * shares_P)
         mirrored = self.symmetric and self.signed_scales
         best_R = best_scale(
             target_RC, scale_RP, zero_R, self.top, self.clip_exponent, mirrored
         )
-        index_R = torch.where(best_R < 0, -1 - best_R, best_R)
-        scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
-        return torch.where(best_R < 0, -scale_R, scale_R), zero_R
+        return picked(scale_RP, best_R, mirrored=mirrored), zero_R
 
     def stored(self, scale: Tensor) -> Tensor:
         """Round scales of either sign to the stored type."""
@@ -83,8 +98,7 @@ class Grid:
         # Whole levels must be finite too: fp16 ends at 65504.
         largest = info.max / (self.top + 1)
         stored = scale.clamp(max=largest).to(self.storage_type).float()
-        tiny = torch.full_like(stored, info.tiny)
-        return torch.where(scale > 0, torch.maximum(stored, tiny), 1.0)
+        return torch.where(scale > 0, stored.clamp_(min=info.tiny), 1.0)
 
     def levels(
         self, scale_R: Float[Tensor, "R"], zero_R: Float[Tensor, "R"]
@@ -107,9 +121,15 @@ class Grid:
         code_RC = torch.round(target_RC * (1.0 / scale_R)[:, None]) + zero_R[:, None]
         return code_RC.clamp(0, self.top)
 
-    def codes(self, value: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Give the nearest codes, as whole numbers; all three broadcast."""
-        return (torch.round(value / scale) + zero).clamp(0, self.top)
+    def round(
+        self,
+        weight_RC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> Rounded:
+        """Round a block of columns plainly (``ops/rounding.py``)."""
+        return round_columns(weight_RC, scale_R, zero_R, level_RL)
 
     def units(self, code: Tensor, zero: Tensor) -> Tensor:
         """Give what codes stand for before the scale."""
@@ -123,8 +143,8 @@ class Grid:
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Quantize a block of columns (``ops/sweep.py``); gives codes and errors."""
+    ) -> Swept:
+        """Quantize a block of columns (``ops/sweep.py``)."""
         return sweep(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
 
     def descend(

@@ -19,6 +19,7 @@ from rsq_stream.ops.lattice import (
     rounding_errors,
     sweep_lattice,
 )
+from rsq_stream.ops.sweep import Swept
 
 _GAUSSIAN = 1.03
 """RMS of a Gaussian row over its best scale: a relative error of 0.092."""
@@ -50,10 +51,11 @@ class LatticeGrid(TableGrid):
         scale_R = scale_RP.gather(1, best_R1)[:, 0]
         return scale_R, torch.zeros_like(scale_R)
 
-    def codes(self, value: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Give the nearest codewords' digits; values ``[R, C]``, scales ``[R, 1]``."""
-        del zero
-        return round_lattice(value, scale.expand_as(value)[:, 0].contiguous())
+    def codes(
+        self, value_RC: Float[Tensor, "R C"], scale_R: Float[Tensor, "R"]
+    ) -> Tensor:
+        """Give the nearest codewords' digits."""
+        return round_lattice(value_RC, scale_R)
 
     def sweep(
         self,
@@ -63,8 +65,8 @@ class LatticeGrid(TableGrid):
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Quantize a block of columns, 8 by 8; gives digits and errors."""
+    ) -> Swept:
+        """Quantize a block of columns, 8 by 8; codes are digits."""
         del zero_R
         return sweep_lattice(target_RC, weight_RC, upper_CC, scale_R, level_RL)
 

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm.grid import CLIP_STEP
+from rsq_stream.algorithm.grid import picked, shrinking_shares
 from rsq_stream.algorithm.table_grid import TableGrid
+from rsq_stream.ops.sweep import Swept
 from rsq_stream.ops.table import (
     best_table_scale,
     descend_table,
@@ -53,10 +54,8 @@ class NormalFloat(TableGrid):
         Candidates are the largest weight times 1.00, 0.99, ..., as in ``Grid.search``.
         """
         full_R = target_RC.abs().amax(dim=1)
-        shrink_P = 1 - CLIP_STEP * torch.arange(
-            self.clip_steps, dtype=torch.float32, device=target_RC.device
-        )
-        scale_RP = self.stored_sizes(full_R[:, None] * shrink_P)
+        shares_P = shrinking_shares(self.clip_steps, target_RC.device)
+        scale_RP = self.stored_sizes(full_R[:, None] * shares_P)
         best_R = best_table_scale(
             target_RC,
             scale_RP,
@@ -64,16 +63,15 @@ class NormalFloat(TableGrid):
             self.clip_exponent,
             self.signed_scales,
         )
-        index_R = torch.where(best_R < 0, -1 - best_R, best_R)
-        scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
-        scale_R = torch.where(best_R < 0, -scale_R, scale_R)
+        scale_R = picked(scale_RP, best_R, mirrored=self.signed_scales)
         return scale_R, torch.zeros_like(scale_R)
 
-    def codes(self, value: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Give the nearest codes, as whole numbers; all three broadcast."""
-        del zero
-        middle_M = middles(self.values.to(value.device))
-        return nearest_code(value * (1.0 / scale), middle_M)
+    def codes(
+        self, value_RC: Float[Tensor, "R C"], scale_R: Float[Tensor, "R"]
+    ) -> Tensor:
+        """Give the nearest codes, as whole numbers."""
+        middle_M = middles(self.values.to(value_RC.device))
+        return nearest_code(value_RC * (1.0 / scale_R)[:, None], middle_M)
 
     def sweep(
         self,
@@ -83,8 +81,8 @@ class NormalFloat(TableGrid):
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Quantize a block of columns; gives codes and errors."""
+    ) -> Swept:
+        """Quantize a block of columns."""
         del zero_R
         value_L = self.values.to(target_RC.device)
         return sweep_table(target_RC, weight_RC, upper_CC, scale_R, value_L, level_RL)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor, wide_blocks
 from rsq_stream.algorithm.grid import Grid
+from rsq_stream.ops.columns import plus_product, product
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Polish:
         group = 0 if self.group_size == -1 else columns.start // self.group_size
         if refit and self.group_size != -1:
             step_RC = self._refit(columns, group, pull_RC, hessian_CC)
-            pull_RC = pull_RC - step_RC @ hessian_CC
+            pull_RC = plus_product(pull_RC, step_RC, hessian_CC, alpha=-1)
         if descent:
             scale_R, zero_R = self.scale_RG[:, group], self.zero_RG[:, group]
             level_RL = self.grid.levels(scale_R, zero_R)
@@ -96,7 +97,7 @@ class Polish:
         """Move a group's scales where that gains; gives by how much values moved."""
         steps_RC = self._units(columns, group)
         gain_R = (steps_RC * pull_RC).sum(1)
-        energy_R = (steps_RC @ hessian_CC * steps_RC).sum(1)
+        energy_R = (product(steps_RC, hessian_CC) * steps_RC).sum(1)
         before_RC = self.error_RI[:, columns].clone()
         self._move(group, gain_R, energy_R)
         self._decode(columns, group)
@@ -113,7 +114,8 @@ class Polish:
                 pull_RW, _ = self.factor.pulls(part_RI, start, end)
                 sum_R += (steps_RW * pull_RW).sum(1)
         self._move(0, gain_R, energy_R)
-        self._decode(slice(None), 0)
+        for start, end in wide_blocks(self.weight_RI.shape[1], self._width):
+            self._decode(slice(start, end), 0)
 
     def _move(self, group: int, gain_R: Tensor, energy_R: Tensor) -> None:
         """Add gain / energy to the scales, rounded as stored, where the loss falls."""

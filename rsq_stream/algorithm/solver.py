@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
-from rsq_stream.algorithm.tile import Tile, solve_tile
+from rsq_stream.algorithm.tile import Tile, group_inverses, solve_tile
 from rsq_stream.ops.pool import Pool
 
 
@@ -58,6 +58,8 @@ def solve(
     The weights may lie in host memory: tile by tile they go to where the factor is.
     """
     device = factor.matrix_II.device
+    dynamic = dynamic_scales and group_size != -1
+    inverse_GCC = group_inverses(factor, group_size) if dynamic else None
 
     def solve_one(weight_RI: Tensor) -> Tile:
         return solve_tile(
@@ -65,7 +67,7 @@ def solve(
             factor=factor,
             grid=grid,
             group_size=group_size,
-            dynamic_scales=dynamic_scales,
+            inverse_GCC=inverse_GCC,
             sweeps=sweeps,
             refit=refit,
         )

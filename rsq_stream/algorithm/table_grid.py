@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.algorithm.grid import Grid
+from rsq_stream.ops.rounding import Rounded
 
 
 class TableGrid(Grid):
@@ -16,6 +17,12 @@ class TableGrid(Grid):
     @abstractmethod
     def values(self) -> Float[Tensor, "L"]:
         """What the codes stand for, ascending."""
+
+    @abstractmethod
+    def codes(
+        self, value_RC: Float[Tensor, "R C"], scale_R: Float[Tensor, "R"]
+    ) -> Tensor:
+        """Give the nearest codes, as whole numbers."""
 
     def units(self, code: Tensor, zero: Tensor) -> Tensor:
         """Give what codes stand for before the scale."""
@@ -36,7 +43,21 @@ class TableGrid(Grid):
         zero_R: Float[Tensor, "R"],
     ) -> Float[Tensor, "R C"]:
         """Give the nearest codes, as fp32 whole numbers."""
-        return self.codes(target_RC, scale_R[:, None], zero_R[:, None]).float()
+        del zero_R
+        return self.codes(target_RC, scale_R).float()
+
+    def round(
+        self,
+        weight_RC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> Rounded:
+        """Round a block of columns plainly."""
+        del zero_R
+        code_RC = self.codes(weight_RC, scale_R)
+        error_RC = weight_RC - level_RL.gather(1, code_RC.long())
+        return Rounded(code_RC.to(torch.uint8), error_RC)
 
     def decode(
         self, code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor

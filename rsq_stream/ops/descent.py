@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from rsq_stream.ops.columns import ROUND, TOGETHER, by_columns
+from rsq_stream.ops.columns import TOGETHER, add_to_later, by_columns, nearest_codes
 from rsq_stream.ops.launch import (
     ROWS_PER_BLOCK,
     WARP,
@@ -44,7 +44,7 @@ def descend(
     _descend(
         code_CR,
         by_columns(pull_RC),
-        hessian_CC.contiguous().numpy(),
+        (-hessian_CC).contiguous().numpy(),
         (1.0 / scale_R).numpy(),
         zero_R.contiguous().numpy(),
         level_RL.contiguous().numpy(),
@@ -112,55 +112,29 @@ def descend_naive(
 def _descend(  # pragma: no cover - compiled
     code: np.ndarray,
     pull: np.ndarray,
-    hessian: np.ndarray,
+    minus: np.ndarray,
     inverse: np.ndarray,
     zero: np.ndarray,
     level: np.ndarray,
 ) -> None:
     # Columns lie in rows here: each step is a run along the rows of the linear.
     columns, rows = code.shape
+    top = level.shape[1] - 1
+    before = np.empty(rows, dtype=np.float32)
+    target = np.empty(rows, dtype=np.float32)
+    chosen = np.empty(rows, dtype=np.uint32)
     step = np.empty((TOGETHER, rows), dtype=np.float32)
     for first in range(0, columns, TOGETHER):
         last = min(first + TOGETHER, columns)
         for k in range(first, last):
-            share = np.float32(1.0) / hessian[k, k]
-            _move(code[k], pull[k], share, inverse, zero, level, step[k - first])
-            for j in range(k + 1, last):
-                h = hessian[k, j]
-                for r in range(rows):
-                    pull[j, r] -= step[k - first, r] * h
-        # Each pull loses its steps in the order of columns, as column by column.
-        for j in range(last, columns):
-            for k in range(first, last):
-                h = hessian[k, j]
-                for r in range(rows):
-                    pull[j, r] -= step[k - first, r] * h
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _move(  # pragma: no cover - compiled
-    code: np.ndarray,
-    pull: np.ndarray,
-    share: np.float32,
-    inverse: np.ndarray,
-    zero: np.ndarray,
-    level: np.ndarray,
-    step: np.ndarray,
-) -> None:
-    """Take a column to its best codes; gives by how much its values moved."""
-    rows = code.shape[0]
-    top = np.float32(level.shape[1] - 1)
-    before = np.empty(rows, dtype=np.float32)
-    for r in range(rows):
-        before[r] = level[r, code[r]]
-    for r in range(rows):
-        x = (before[r] + pull[r] * share) * inverse[r]
-        # Clamped before rounding: the same, since the bounds are whole numbers.
-        x = x if x > -zero[r] else -zero[r]
-        x = x if x < top - zero[r] else top - zero[r]
-        step[r] = (x + ROUND) - ROUND + zero[r]
-    for r in range(rows):
-        q = int(step[r])
-        code[r] = q
-        step[r] = level[r, q] - before[r]
+            share = np.float32(1.0) / -minus[k, k]
+            for r in range(rows):
+                before[r] = level[r, code[k, r]]
+                target[r] = before[r] + pull[k, r] * share
+            nearest_codes(target, inverse, zero, top, chosen)
+            own = step[k - first : k - first + 1]
+            for r in range(rows):
+                code[k, r] = chosen[r]
+                own[0, r] = level[r, chosen[r]] - before[r]
+            add_to_later(pull[:last], own, minus, k)
+        add_to_later(pull, step[: last - first], minus, first)

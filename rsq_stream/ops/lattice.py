@@ -25,6 +25,7 @@ from rsq_stream.ops.lattice_loops import (
 )
 from rsq_stream.ops.launch import by_rows, launch, output
 from rsq_stream.ops.library import Kernel
+from rsq_stream.ops.sweep import Swept
 
 Round = Callable[[Tensor, Tensor], Tensor]
 """What rounds vectors to codewords: a twin, or the kernel."""
@@ -142,8 +143,8 @@ def sweep_lattice(
     upper_CC: Float[Tensor, "C C"],
     scale_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
-    """Quantize a block of columns, 8 by 8; gives digits and errors.
+) -> Swept:
+    """Quantize a block of columns, 8 by 8; codes are digits.
 
     With U_b the own tile of 8 columns, the loss of their errors e is that of
     (e + owed U_b^-1) U_b, so the weights plus owed U_b^-1 are rounded: what the errors
@@ -154,10 +155,11 @@ def sweep_lattice(
         return sweep_lattice_naive(
             target_RC, weight_RC, upper_CC, scale_R, level_RL, unit_BCC, round_lattice
         )
+    owed_RC = (target_RC - weight_RC).contiguous()
     digit_RC = torch.empty(target_RC.shape, dtype=torch.uint8)
     error_RC = torch.empty(target_RC.shape, dtype=torch.float32)
     sweep_rows(
-        target_RC.contiguous().numpy().copy(),
+        owed_RC.numpy(),
         weight_RC.contiguous().numpy(),
         upper_CC.contiguous().numpy(),
         unit_BCC.numpy(),
@@ -167,7 +169,7 @@ def sweep_lattice(
         digit_RC.numpy(),
         error_RC.numpy(),
     )
-    return digit_RC, error_RC
+    return Swept(digit_RC, error_RC, owed_RC.add_(error_RC))
 
 
 def sweep_lattice_naive(
@@ -178,21 +180,22 @@ def sweep_lattice_naive(
     level_RL: Float[Tensor, "R L"],
     unit_BCC: Tensor,
     rounded: Round = round_lattice_naive,
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+) -> Swept:
     """Do the same block by block, all rows at once, on any device."""
-    target_RC = target_RC.clone()
+    owed_RC = target_RC - weight_RC
     digit_RC = torch.empty(target_RC.shape, dtype=torch.uint8, device=target_RC.device)
     error_RC = torch.empty_like(target_RC)
     for number, unit_CC in enumerate(unit_BCC):
         end = WIDTH * (number + 1)
         own = slice(end - WIDTH, end)
-        owed_RC = (target_RC[:, own] - weight_RC[:, own]) @ unit_CC
-        digit_RC[:, own] = rounded(weight_RC[:, own] + owed_RC, scale_R)
+        best_RC = weight_RC[:, own] + owed_RC[:, own] @ unit_CC
+        digit_RC[:, own] = rounded(best_RC, scale_R)
         error_RC[:, own] = weight_RC[:, own] - level_RL.gather(
             1, digit_RC[:, own].long()
         )
-        target_RC[:, end:] += error_RC[:, own] @ upper_CC[own, end:]
-    return digit_RC, error_RC
+        owed_RC[:, own] += error_RC[:, own] @ upper_CC[own, own].triu(1)
+        owed_RC[:, end:] += error_RC[:, own] @ upper_CC[own, end:]
+    return Swept(digit_RC, error_RC, owed_RC + error_RC)
 
 
 def _unit_inverses(upper_CC: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def row_errors(  # pragma: no cover - compiled
 @numba.njit(nogil=True, cache=True)
 @no_type_check
 def sweep_rows(  # pragma: no cover - compiled
-    target: np.ndarray,
+    owed: np.ndarray,
     weight: np.ndarray,
     upper: np.ndarray,
     unit: np.ndarray,
@@ -187,20 +187,19 @@ def sweep_rows(  # pragma: no cover - compiled
     digit: np.ndarray,
     error: np.ndarray,
 ) -> None:
-    """Quantize columns in blocks of 8; ``target`` is overwritten.
+    """Quantize columns in blocks of 8; ``owed`` gains the errors of earlier columns.
 
     ``unit`` holds the inverses of ``upper``'s own 8 x 8 tiles.
     """
     x, size, vector = np.empty(8), np.empty(8), np.empty(8)
     order = np.empty(8, dtype=np.int64)
-    rows, columns = target.shape
+    rows, columns = owed.shape
     for r in range(rows):
         for b in range(0, columns, 8):
             for i in range(8):
                 best = np.float32(0.0)
                 for j in range(i + 1):
-                    owed = target[r, b + j] - weight[r, b + j]
-                    best += owed * unit[b // 8, j, i]
+                    best += owed[r, b + j] * unit[b // 8, j, i]
                 x[i] = (weight[r, b + i] + best) * inverse[r]
             nearest(x, halves, size, order, vector)
             for i in range(8):
@@ -208,8 +207,8 @@ def sweep_rows(  # pragma: no cover - compiled
                 digit[r, b + i] = d
                 e = weight[r, b + i] - level[r, d]
                 error[r, b + i] = e
-                for j in range(b + 8, columns):
-                    target[r, j] += e * upper[b + i, j]
+                for j in range(b + i + 1, columns):
+                    owed[r, j] += e * upper[b + i, j]
 
 
 @numba.njit(nogil=True, cache=True)

@@ -4,7 +4,7 @@ For each row: code_k = clamp(round(target_k / s) + z), e_k = w_k - level[code_k]
 and every later target of the block gains e_k U[k, j]. Rows are independent.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from rsq_stream.ops.columns import ROUND, TOGETHER, by_columns
+from rsq_stream.ops.columns import TOGETHER, add_to_later, by_columns, nearest_codes
 from rsq_stream.ops.launch import (
     ROWS_PER_BLOCK,
     WARP,
@@ -25,6 +25,16 @@ from rsq_stream.ops.launch import (
 from rsq_stream.ops.library import Kernel
 
 
+class Swept(NamedTuple):
+    """A block of columns after the sweep."""
+
+    code_RC: UInt8[Tensor, "R C"]
+    error_RC: Float[Tensor, "R C"]
+    """weight - level[code]."""
+    left_RC: Float[Tensor, "R C"]
+    """target - level[code] when its turn came: (E U)[:, c], which costs D[c]."""
+
+
 def sweep(
     target_RC: Float[Tensor, "R C"],
     weight_RC: Float[Tensor, "R C"],
@@ -32,7 +42,7 @@ def sweep(
     scale_R: Float[Tensor, "R"],
     zero_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+) -> Swept:
     """Quantize a block of columns that share one scale per row.
 
     Parameters
@@ -47,17 +57,14 @@ def sweep(
         Scale (its sign included) and zero point of each row.
     level_RL
         What each code decodes to, rounded as it will be when loaded.
-
-    Returns
-    -------
-    The codes and the errors ``weight - level[code]``.
     """
     if target_RC.is_cuda:
         return sweep_kernel(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
-    code_CR = np.empty(target_RC.T.shape, dtype=np.uint8)
-    error_CR = np.empty(target_RC.T.shape, dtype=np.float32)
+    left_CR = by_columns(target_RC)
+    code_CR = np.empty(left_CR.shape, dtype=np.uint8)
+    error_CR = np.empty(left_CR.shape, dtype=np.float32)
     _sweep(
-        by_columns(target_RC),
+        left_CR,
         weight_RC.T.contiguous().numpy(),
         upper_CC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
@@ -66,7 +73,7 @@ def sweep(
         code_CR,
         error_CR,
     )
-    return torch.from_numpy(code_CR).T, torch.from_numpy(error_CR).T
+    return Swept(*(torch.from_numpy(made).T for made in (code_CR, error_CR, left_CR)))
 
 
 def sweep_kernel(
@@ -77,7 +84,7 @@ def sweep_kernel(
     zero_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
     middle_M: Float[Tensor, "M"] | None = None,
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+) -> Swept:
     """Do the same with ``kernels/sweep.cu``; at most 256 columns.
 
     With the midpoints of a table, codes are by it (``table.py``).
@@ -87,6 +94,7 @@ def sweep_kernel(
     chunks = chunks_of("sweep", "columns", columns)
     code_RC = output((rows, columns), torch.uint8, target_RC.device)
     error_RC = output((rows, columns), torch.float32, target_RC.device)
+    left_RC = output((rows, columns), torch.float32, target_RC.device)
     launch(
         Kernel("sweep", "sweep", (*chunks, *tabled(middle_M))),
         (-(-rows // ROWS_PER_BLOCK), 1, 1),
@@ -97,11 +105,11 @@ def sweep_kernel(
             *(upper_CC, upper_CC.stride(0)),
             *(scale_R.contiguous(), zero_R.contiguous(), level_RL.contiguous()),
             0 if middle_M is None else middle_M.contiguous(),
-            *(code_RC, error_RC),
+            *(code_RC, error_RC, left_RC),
             *(rows, columns, level_RL.shape[1]),
         ),
     )
-    return code_RC, error_RC
+    return Swept(code_RC, error_RC, left_RC)
 
 
 def sweep_naive(
@@ -111,21 +119,22 @@ def sweep_naive(
     scale_R: Float[Tensor, "R"],
     zero_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+) -> Swept:
     """Do the same column by column, all rows at once, on any device."""
-    target_RC = target_RC.clone()
-    code_RC = torch.empty(target_RC.shape, dtype=torch.uint8, device=target_RC.device)
-    error_RC = torch.empty_like(target_RC)
+    left_RC = target_RC.clone()
+    code_RC = torch.empty(left_RC.shape, dtype=torch.uint8, device=left_RC.device)
+    error_RC = torch.empty_like(left_RC)
     top = level_RL.shape[1] - 1
     inverse_R = 1.0 / scale_R
-    for k in range(target_RC.shape[1]):
-        code_R = (torch.round(target_RC[:, k] * inverse_R) + zero_R).clamp(0, top)
+    for k in range(left_RC.shape[1]):
+        code_R = (torch.round(left_RC[:, k] * inverse_R) + zero_R).clamp(0, top)
         chosen_R = level_RL.gather(1, code_R.long()[:, None])[:, 0]
         error_R = weight_RC[:, k] - chosen_R
         code_RC[:, k] = code_R
         error_RC[:, k] = error_R
-        target_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
-    return code_RC, error_RC
+        left_RC[:, k] -= chosen_R
+        left_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
+    return Swept(code_RC, error_RC, left_RC)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -142,42 +151,16 @@ def _sweep(  # pragma: no cover - compiled
 ) -> None:
     # Columns lie in rows here: each step is a run along the rows of the linear.
     columns, rows = target.shape
+    top = level.shape[1] - 1
+    chosen = np.empty(rows, dtype=np.uint32)
     for first in range(0, columns, TOGETHER):
         last = min(first + TOGETHER, columns)
         for k in range(first, last):
-            _round_column(target[k], weight[k], inverse, zero, level, code[k], error[k])
-            for j in range(k + 1, last):
-                u = upper[k, j]
-                for r in range(rows):
-                    target[j, r] += error[k, r] * u
-        # Each target gains its errors in the order of columns, as column by column.
-        for j in range(last, columns):
-            for k in range(first, last):
-                u = upper[k, j]
-                for r in range(rows):
-                    target[j, r] += error[k, r] * u
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _round_column(  # pragma: no cover - compiled
-    target: np.ndarray,
-    weight: np.ndarray,
-    inverse: np.ndarray,
-    zero: np.ndarray,
-    level: np.ndarray,
-    code: np.ndarray,
-    error: np.ndarray,
-) -> None:
-    top = np.float32(level.shape[1] - 1)
-    chosen = np.empty(target.shape[0], dtype=np.float32)
-    for r in range(target.shape[0]):
-        x = target[r] * inverse[r]
-        # Clamped before rounding: the same, since the bounds are whole numbers.
-        x = x if x > -zero[r] else -zero[r]
-        x = x if x < top - zero[r] else top - zero[r]
-        chosen[r] = (x + ROUND) - ROUND + zero[r]
-    for r in range(target.shape[0]):
-        q = int(chosen[r])
-        code[r] = q
-        error[r] = weight[r] - level[r, q]
+            nearest_codes(target[k], inverse, zero, top, chosen)
+            for r in range(rows):
+                code[k, r] = chosen[r]
+                nearest = level[r, chosen[r]]
+                error[k, r] = weight[k, r] - nearest
+                target[k, r] -= nearest
+            add_to_later(target[:last], error[k : k + 1], upper, k)
+        add_to_later(target, error[first:last], upper, first)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rsq_stream.ops.clip_search import best_scale_kernel
 from rsq_stream.ops.columns import by_columns
 from rsq_stream.ops.descent import descend_kernel
-from rsq_stream.ops.sweep import sweep_kernel
+from rsq_stream.ops.sweep import Swept, sweep_kernel
 from rsq_stream.ops.table_loops import (
     best_table_scales,
     descend_table_columns,
@@ -23,7 +23,7 @@ from rsq_stream.ops.table_loops import (
 
 def nearest_code(value: Tensor, middle_M: Float[Tensor, "M"]) -> Tensor:
     """Give the code nearest to each value, as whole numbers; on a tie the lower."""
-    return torch.bucketize(value, middle_M)
+    return torch.bucketize(value.contiguous(), middle_M)
 
 
 def best_table_scale(
@@ -94,7 +94,7 @@ def sweep_table(
     scale_R: Float[Tensor, "R"],
     value_L: Float[Tensor, "L"],
     level_RL: Float[Tensor, "R L"],
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+) -> Swept:
     """Quantize a block of columns left to right, as ``ops/sweep.py`` does."""
     if target_RC.is_cuda:
         return sweep_kernel(
@@ -106,11 +106,11 @@ def sweep_table(
             level_RL,
             middles(value_L),
         )
-    target_CR = by_columns(target_RC)
-    code_CR = np.empty(target_CR.shape, dtype=np.uint8)
-    error_CR = np.empty(target_CR.shape, dtype=np.float32)
+    left_CR = by_columns(target_RC)
+    code_CR = np.empty(left_CR.shape, dtype=np.uint8)
+    error_CR = np.empty(left_CR.shape, dtype=np.float32)
     sweep_table_columns(
-        target_CR,
+        left_CR,
         weight_RC.T.contiguous().numpy(),
         upper_CC.contiguous().numpy(),
         (1.0 / scale_R).numpy(),
@@ -119,7 +119,7 @@ def sweep_table(
         code_CR,
         error_CR,
     )
-    return torch.from_numpy(code_CR).T, torch.from_numpy(error_CR).T
+    return Swept(*(torch.from_numpy(made).T for made in (code_CR, error_CR, left_CR)))
 
 
 def sweep_table_naive(
@@ -129,19 +129,21 @@ def sweep_table_naive(
     scale_R: Float[Tensor, "R"],
     value_L: Float[Tensor, "L"],
     level_RL: Float[Tensor, "R L"],
-) -> tuple[UInt8[Tensor, "R C"], Float[Tensor, "R C"]]:
+) -> Swept:
     """Do the same column by column, all rows at once, on any device."""
-    target_RC = target_RC.clone()
-    code_RC = torch.empty(target_RC.shape, dtype=torch.uint8, device=target_RC.device)
-    error_RC = torch.empty_like(target_RC)
+    left_RC = target_RC.clone()
+    code_RC = torch.empty(left_RC.shape, dtype=torch.uint8, device=left_RC.device)
+    error_RC = torch.empty_like(left_RC)
     middle_M, inverse_R = middles(value_L), 1.0 / scale_R
-    for k in range(target_RC.shape[1]):
-        code_R = nearest_code(target_RC[:, k] * inverse_R, middle_M)
-        error_R = weight_RC[:, k] - level_RL.gather(1, code_R[:, None])[:, 0]
+    for k in range(left_RC.shape[1]):
+        code_R = nearest_code(left_RC[:, k] * inverse_R, middle_M)
+        chosen_R = level_RL.gather(1, code_R[:, None])[:, 0]
+        error_R = weight_RC[:, k] - chosen_R
         code_RC[:, k] = code_R
         error_RC[:, k] = error_R
-        target_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
-    return code_RC, error_RC
+        left_RC[:, k] -= chosen_R
+        left_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
+    return Swept(code_RC, error_RC, left_RC)
 
 
 def descend_table(
@@ -167,7 +169,7 @@ def descend_table(
     descend_table_columns(
         code_CR,
         by_columns(pull_RC),
-        hessian_CC.contiguous().numpy(),
+        (-hessian_CC).contiguous().numpy(),
         (1.0 / scale_R).numpy(),
         middles(value_L).numpy(),
         level_RL.contiguous().numpy(),

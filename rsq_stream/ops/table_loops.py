@@ -5,6 +5,8 @@ from typing import no_type_check
 import numba
 import numpy as np
 
+from rsq_stream.ops.columns import TOGETHER, add_to_later
+
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
@@ -33,18 +35,18 @@ def sweep_table_columns(  # pragma: no cover - compiled
     code: np.ndarray,
     error: np.ndarray,
 ) -> None:
-    """Quantize columns left to right; columns lie in rows."""
-    # Columns lie in rows here: each step is a run along the rows of the linear.
+    """Quantize columns left to right; ``target`` keeps what is left of them."""
     columns, rows = target.shape
-    for k in range(columns):
-        for r in range(rows):
-            q = _code_of(target[k, r] * inverse[r], middle)
-            code[k, r] = q
-            error[k, r] = weight[k, r] - level[r, q]
-        for j in range(k + 1, columns):
-            u = upper[k, j]
+    for first in range(0, columns, TOGETHER):
+        last = min(first + TOGETHER, columns)
+        for k in range(first, last):
             for r in range(rows):
-                target[j, r] += error[k, r] * u
+                q = _code_of(target[k, r] * inverse[r], middle)
+                code[k, r] = q
+                error[k, r] = weight[k, r] - level[r, q]
+                target[k, r] -= level[r, q]
+            add_to_later(target[:last], error[k : k + 1], upper, k)
+        add_to_later(target, error[first:last], upper, first)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -52,25 +54,29 @@ def sweep_table_columns(  # pragma: no cover - compiled
 def descend_table_columns(  # pragma: no cover - compiled
     code: np.ndarray,
     pull: np.ndarray,
-    hessian: np.ndarray,
+    minus: np.ndarray,
     inverse: np.ndarray,
     middle: np.ndarray,
     level: np.ndarray,
 ) -> None:
-    """Move codes to the level nearest their minimiser, column by column."""
+    """Move codes to the level nearest their minimiser, column by column.
+
+    ``minus`` is -H among the columns; ``code`` and ``pull`` are overwritten.
+    """
     columns, rows = code.shape
-    step = np.empty(rows, dtype=np.float32)
-    for k in range(columns):
-        weight = np.float32(1.0) / hessian[k, k]
-        for r in range(rows):
-            before = level[r, code[k, r]]
-            q = _code_of((before + pull[k, r] * weight) * inverse[r], middle)
-            code[k, r] = q
-            step[r] = level[r, q] - before
-        for j in range(k + 1, columns):
-            h = hessian[k, j]
+    step = np.empty((TOGETHER, rows), dtype=np.float32)
+    for first in range(0, columns, TOGETHER):
+        last = min(first + TOGETHER, columns)
+        for k in range(first, last):
+            share = np.float32(1.0) / -minus[k, k]
+            own = step[k - first : k - first + 1]
             for r in range(rows):
-                pull[j, r] -= step[r] * h
+                before = level[r, code[k, r]]
+                q = _code_of((before + pull[k, r] * share) * inverse[r], middle)
+                code[k, r] = q
+                own[0, r] = level[r, q] - before
+            add_to_later(pull[:last], own, minus, k)
+        add_to_later(pull, step[: last - first], minus, first)
 
 
 @numba.njit(nogil=True, cache=True)
