@@ -1,6 +1,7 @@
 """The clip search finds a scale as good as the best, and the grid keeps its word."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,3 +206,18 @@ def test_mirrored_grids_improve_gaussian_groups_of_64(
         share = error_RC.double().square().sum() / target_RC.double().square().sum()
         assert float(share) == pytest.approx(expected, rel=0.02)
         assert bool((scale_R < 0).any()) == (kind == "mirrored")
+
+
+@each_device
+@each_storage
+@each_kind
+@each_bits
+@pytest.mark.parametrize("steps", [1, 2, 80])
+def test_the_whole_search_is_its_twin(steps, bits, kind, storage, device):
+    """Ranges from far below to far above what a type holds, both layouts, zeros."""
+    target_RC = random(63, 37) * torch.logspace(-40, 30, 63)[:, None]
+    target_RC[5] = 0
+    grid = replace(make_grid(bits, kind, storage), clip_steps=steps)
+    for there_RC in (target_RC.to(device), target_RC.to(device).T.contiguous().T):
+        found, twin = grid.search(there_RC), grid.search_naive(there_RC)
+        assert all(torch.equal(a, b) for a, b in zip(found, twin, strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 from rsq_stream.ops.clip_search import best_scale
 from rsq_stream.ops.descent import descend
 from rsq_stream.ops.rounding import Rounded, round_columns
+from rsq_stream.ops.scale_search import Searched, search_scales
 from rsq_stream.ops.sweep import Swept, sweep
 
 CLIP_STEP = 0.01
@@ -62,6 +63,11 @@ class Grid:
         """The largest code."""
         return (1 << self.bits) - 1
 
+    @property
+    def _mirrored(self) -> bool:
+        """Whether negative scales are tried."""
+        return self.symmetric and self.signed_scales
+
     def search(
         self, target_RC: Float[Tensor, "R C"]
     ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
@@ -71,6 +77,22 @@ class Grid:
         rounded to the stored type before they are tried. A row of zeros gets
         the scale 1.
         """
+        if target_RC.is_cuda:
+            return self.search_naive(target_RC)
+        by = Searched(
+            shrinking_shares(self.clip_steps, target_RC.device),
+            self.bits,
+            self.symmetric,
+            self._mirrored,
+            self.clip_exponent,
+            self.storage_type,
+        )
+        return search_scales(target_RC, by)
+
+    def search_naive(
+        self, target_RC: Float[Tensor, "R C"]
+    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
+        """Do the same step by step, all rows at once, on any device."""
         low_R, high_R = target_RC.amin(dim=1), target_RC.amax(dim=1)
         if self.symmetric:
             full_R = torch.maximum(-low_R, high_R) / (2 ** (self.bits - 1) - 1)
@@ -82,11 +104,10 @@ class Grid:
             zero_R = torch.round(-low_R / safe_R).clamp(0, self.top)
         shares_P = shrinking_shares(self.clip_steps, target_RC.device)
         scale_RP = self.stored_sizes(full_R[:, None] * shares_P)
-        mirrored = self.symmetric and self.signed_scales
         best_R = best_scale(
-            target_RC, scale_RP, zero_R, self.top, self.clip_exponent, mirrored
+            target_RC, scale_RP, zero_R, self.top, self.clip_exponent, self._mirrored
         )
-        return picked(scale_RP, best_R, mirrored=mirrored), zero_R
+        return picked(scale_RP, best_R, mirrored=self._mirrored), zero_R
 
     def stored(self, scale: Tensor) -> Tensor:
         """Round scales of either sign to the stored type."""

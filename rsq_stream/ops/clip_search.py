@@ -121,28 +121,39 @@ def _best_scale(  # pragma: no cover - compiled
     mirrored: bool,
     best: np.ndarray,
 ) -> None:
-    candidates = scale.shape[1]
-    upright = np.empty(candidates, dtype=np.float32)
-    mirror = np.empty(candidates, dtype=np.float32)
-    inverse = np.empty(candidates, dtype=np.float32)
     for r in range(target.shape[0]):
-        low = -zero[r]
-        high = top - zero[r]
+        best[r] = choose(target[r], scale[r], zero[r], top, exponent, mirrored)
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def choose(  # pragma: no cover - compiled
+    target: np.ndarray,
+    scale: np.ndarray,
+    zero: np.float32,
+    top: np.float32,
+    exponent: np.float32,
+    mirrored: bool,
+) -> int:
+    """Give a row's best candidate, or -1 - p for the mirror of candidate p."""
+    candidates = scale.shape[0]
+    total = np.empty(candidates, dtype=np.float32)
+    inverse = np.float32(1.0) / scale
+    low = -zero
+    high = top - zero
+    _add_errors(target, scale, inverse, low, high, exponent, total)
+    choice = 0
+    for p in range(1, candidates):
+        if total[p] < total[choice]:
+            choice = p
+    least = total[choice]
+    if mirrored:
+        _add_errors(target, scale, inverse, -high, -low, exponent, total)
         for p in range(candidates):
-            inverse[p] = np.float32(1.0) / scale[r, p]
-        _add_errors(target[r], scale[r], inverse, low, high, exponent, upright)
-        choice = 0
-        for p in range(1, candidates):
-            if upright[p] < upright[choice]:
-                choice = p
-        least = upright[choice]
-        if mirrored:
-            _add_errors(target[r], scale[r], inverse, -high, -low, exponent, mirror)
-            for p in range(candidates):
-                if mirror[p] < least:
-                    least = mirror[p]
-                    choice = -1 - p
-        best[r] = choice
+            if total[p] < least:
+                least = total[p]
+                choice = -1 - p
+    return choice
 
 
 @numba.njit(nogil=True, cache=True)

@@ -8,6 +8,7 @@ have then taken three times their size. So all of them lie in one mapping.
 
 import mmap
 import threading
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Pages:
                 # Pages are the system's until they are written to.
                 kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
                 self._mapping = mmap.mmap(-1, self._size, flags=kind)
+                with suppress(OSError):  # advice; a kernel may have no such pages
+                    self._mapping.madvise(mmap.MADV_HUGEPAGE)
         kept = x.dtype, tuple(x.shape)
         self._view(self._mapping, number, kept).copy_(x)
         self._kept[number] = kept
