@@ -38,8 +38,9 @@ class TokenImportance:
         plan = self.plan
         if plan.importance in HARD:
             kept = plan.kept_ranges(plan.sequence_length)
-            weight_BT = chosen_tokens(x_BTD.shape[0], x_BTD.shape[1], kept)
-            weight_BT = mean_one(weight_BT).to(x_BTD.device)
+            sequences, tokens = x_BTD.shape[0], x_BTD.shape[1]
+            weight_BT = chosen_tokens(sequences, tokens, kept, x_BTD.device)
+            weight_BT = mean_one(weight_BT)
             return weight_BT if plan.importance_exact else rounded(weight_BT)
         weighting = Weighting(
             minimum=plan.importance_min,
@@ -73,7 +74,9 @@ class TokenImportance:
             assert self.count_V is not None
             count = self.plan.unit_sequences
             token_BT = self.windows.tokens(unit * count, count)
-            return token_scores.rarity(token_BT, self.count_V).to(x_BTD.device)
+            score_BT = token_scores.rarity(token_BT, self.count_V)
+            # The host waits for its copy to be taken over, not for the GPU.
+            return score_BT.to(x_BTD.device, non_blocking=True)
         output_BTD = block.forward(x_BTD)
         if kind == "actnorm-output":
             return token_scores.norm(output_BTD)
