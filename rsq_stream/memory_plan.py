@@ -114,24 +114,24 @@ class MemoryPlan:
         inputs, outputs = self._inputs(stage), self._outputs_of(stage)
         held = self._compute_size * tokens * inputs
         through, errors = self._forward(number), 0
-        both = plan.streams * held
         if plan.streams > 1:
             errors = FP32 * tokens * (outputs if len(stage.linears) == 1 else inputs)
             # Both inputs in fp32 and their difference, after the last forward pass.
-            parts = 3 * FP32 * tokens * inputs + errors
+            parts = 2 * held + 3 * FP32 * tokens * inputs + errors
             if self.on_gpu:  # W in fp32, some rows at a time
                 parts += 2 * FP32 * min(STATISTICS_ROWS, outputs) * inputs
-            through = max(through, parts)
+            through = max(held + through, parts)
         panel = min(plan.hessian_panel, inputs)
         product = FP32 * panel * (inputs + tokens) * 2
         if not self.on_gpu:
             product = FP32 * panel * tokens
         concurrent = min(self.workers, self.in_flight)
-        device = (
-            self._weights(solved)
-            + self._statistics(stage)
-            + self.in_flight * (held + errors)
-            + concurrent * max(both + through, product)
+        # Units that wait for the others, and those at work; then products of all.
+        waiting = (self.in_flight - concurrent) * (held + errors)
+        device = self._weights(solved) + self._statistics(stage)
+        device += max(
+            waiting + concurrent * through,
+            self.in_flight * (held + errors) + self.workers * product,
         )
         device += self._staged(plan.streams if number == WRITES_H else 0)
         host = self._solver_weights(solved) + self._host_units()
@@ -180,9 +180,9 @@ class MemoryPlan:
         """Count the pass that writes the next block's inputs."""
         tokens = self._unit_tokens
         held = self._compute_size * tokens * self.architecture.width
-        through = self._forward(len(STAGES) - 1) + 3 * held
         concurrent = min(self.workers, self.in_flight)
-        device = self._weights(solved) + self.in_flight * held + concurrent * through
+        device = self._weights(solved) + (self.in_flight - concurrent) * held
+        device += concurrent * self._forward(len(STAGES))
         device += self._staged(1)
         return self._made("outputs: pass", device, self._host_units())
 
