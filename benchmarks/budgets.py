@@ -4,8 +4,8 @@
 
 - narrow: a block of width 256, MLP 768, with 16 M and 32 M tokens, within 2 GiB. Three
   slots of 8.6 and 17 GB go to the disk of TMPDIR.
-- 8B: a block of that shape with 16 k and 32 k tokens, within 4.5 GiB, which neither fits
-  into: what is left over is taken by units, so with more of it the longer run has more.
+- 8B: a block of that shape with 16 k and 32 k tokens, within 4.5 GiB. With more, units
+  take what is left over, and the longer run has more of them.
 - blocks: 8 and 32 blocks of 4 M parameters, within 1 GiB.
 
 ``--scale`` makes calibration sets shorter. Each run is one of ``benchmarks/shapes.py``,

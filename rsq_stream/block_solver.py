@@ -25,13 +25,12 @@ from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix, role
 from rsq_stream.ops.heap import give_back_free_memory
 from rsq_stream.passes import Passes
 from rsq_stream.schemes import Scheme
+from rsq_stream.solver_memory import DECODED
 from rsq_stream.stage_statistics import StageStatistics, TokenWeights
 from rsq_stream.streams import Stream
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
-_DECODED = 1 << 24
-"""Codes that are decoded at a time."""
 
 
 @dataclass
@@ -136,6 +135,7 @@ class BlockSolver:
             sweeps=self.plan.sweeps,
             refit=self.plan.refit,
         )
+        del target_OI, weight_OI  # what is decoded takes their place
         if order_I is not None:
             solution = put_back(solution, order_I)
         block = self.streams[0].block
@@ -160,9 +160,12 @@ def decoded(
 ) -> Tensor:
     """Give the weights as a loader will see them, in a type that is exact for them."""
     parts = (solution.code_OI, solution.scale_OG, solution.zero_OG)
-    rows = max(1, _DECODED // solution.code_OI.shape[1])
-    by_rows = zip(*(part.split(rows) for part in parts), strict=True)
-    return torch.cat([grid.decode(*part).to(kind) for part in by_rows])
+    rows = max(1, DECODED // solution.code_OI.shape[1])
+    made_OI = torch.empty_like(solution.code_OI, dtype=kind)
+    by_rows = zip(*(part.split(rows) for part in (*parts, made_OI)), strict=True)
+    for code_RI, scale_RG, zero_RG, made_RI in by_rows:
+        made_RI.copy_(grid.decode(code_RI, scale_RG, zero_RG))
+    return made_OI
 
 
 def round_block(

@@ -12,10 +12,9 @@ from math import prod
 import torch
 
 from rsq_stream.algorithm.factor import wide_blocks
-from rsq_stream.algorithm.loss import FEW_ROWS
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.execution import StageMemory
-from rsq_stream.forward_memory import forward_bytes
+from rsq_stream.forward_memory import forward_bytes, unit_bytes
 from rsq_stream.model.architecture import (
     LINEARS,
     STAGES,
@@ -27,23 +26,15 @@ from rsq_stream.model.architecture import (
 )
 from rsq_stream.ops.transit import pinned_total, staged_bytes
 from rsq_stream.outer_memory import largest_linear, outer_bytes, rotation_bytes
+from rsq_stream.solver_memory import solving_bytes
 
 FP32 = 4
 _OUTSIDE, _READING = "embedding and head", "read and rotate"
 """The stages in which no next block is read."""
 TOKEN_BYTES = 4
 """A token of the calibration set (``calibration.py``)."""
-TILE_COPIES = 5
-"""fp32 copies of a tile of rows: weights, errors, those of rounding, codes, products.
-Of few rows, three more are put below each other (``loss.py``)."""
-STATISTICS_ROWS = 2048
-"""Rows of a 16-bit weight in fp32 at a time (``stage_statistics.py``)."""
 ROUNDING_BYTES = 2 * FP32 + 3 * 8
 """Bytes of a weight while it is rounded alone, its error's energy in fp64."""
-DECODED_WIDTH = 5 * FP32
-"""Bytes of a code while it is decoded or packed."""
-DECODED_BYTES = DECODED_WIDTH << 24
-"""As much at a time (``block_solver.py``; packing takes fewer)."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +104,12 @@ class MemoryPlan:
         plan, tokens = self.plan, self._unit_tokens
         inputs, outputs = self._inputs(stage), self._outputs_of(stage)
         held = self._compute_size * tokens * inputs
-        through, errors = self._forward(number), 0
+        errors = 0
         if plan.streams > 1:
             errors = FP32 * tokens * (outputs if len(stage.linears) == 1 else inputs)
-            # Both inputs in fp32 and their difference, after the last forward pass.
-            parts = 2 * held + 3 * FP32 * tokens * inputs + errors
-            if self.on_gpu:  # W in fp32, some rows at a time
-                parts += 2 * FP32 * min(STATISTICS_ROWS, outputs) * inputs
-            through = max(held + through, parts)
+        through = unit_bytes(
+            self.architecture, plan, number, self._compute_size, on_gpu=self.on_gpu
+        )
         panel = min(plan.hessian_panel, inputs)
         product = FP32 * panel * (inputs + tokens) * 2
         if not self.on_gpu:
@@ -148,22 +137,13 @@ class MemoryPlan:
         return self._made(f"{stage.name}: factorise", device, host)
 
     def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
-        """Count tiles of rows, factor and drift, codes, target and correction."""
-        plan, (outputs, inputs) = self.plan, self.architecture.linear_shape(linear)
-        concurrent = min(self.workers, -(-outputs // plan.tile_rows))
-        rows = min(outputs, plan.tile_rows)
-        whole = outputs * inputs
-        # Codes of the solver and of rounding, by tile; then those that are kept, and
-        # the weights that they stand for, by part and whole.
-        copies = TILE_COPIES + 3 * (rows <= FEW_ROWS)
-        solving = concurrent * FP32 * copies * rows * inputs + 3 * whole
-        decoding = (1 + 2 * self._compute_size) * whole
-        decoding += min(DECODED_WIDTH * whole, DECODED_BYTES)
-        device = self._weights(solved, used=False) + self._statistics(stage)
-        device += max(solving, decoding) + self._aside(inputs)
-        target = FP32 * whole if plan.act_order else 0
-        if plan.streams > 1:
-            target += 3 * FP32 * whole  # the correction by tile, whole, and the sum
+        """Count the factor, and what the linear takes: ``solver_memory.py``."""
+        shape = self.architecture.linear_shape(linear)
+        taken, target = solving_bytes(
+            self.plan, *shape, self._compute_size, self.workers, on_gpu=self.on_gpu
+        )
+        device = self._weights(solved, used=False) + self._statistics(stage) + taken
+        device += self._aside(shape[1])
         host = self._solver_weights(solved) + target
         if self.on_gpu:  # codes on their way to the output, of the linear before too
             packed = max(map(self._packed, stage.linears))

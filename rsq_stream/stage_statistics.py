@@ -14,13 +14,11 @@ from torch import Tensor
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.propagation import Drift, stream_error
 from rsq_stream.config import QuantizationPlan
+from rsq_stream.forward_memory import OUTPUTS
 from rsq_stream.model.architecture import STAGES
 from rsq_stream.passes import FiniteWatch, Passes, flat
 from rsq_stream.streams import StageInput, Stream
 from rsq_stream.token_importance import TokenImportance
-
-OUTPUTS = 2048
-"""Rows of a 16-bit weight that are brought into fp32 at a time."""
 
 
 class TokenWeights:
