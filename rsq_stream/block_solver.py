@@ -121,8 +121,10 @@ class BlockSolver:
             target_OI = weight_OI[:, order_I.to(weight_OI.device)]
         share = self.plan.propagate_share(block_prefix(self.index) + linear)
         if drift is not None and share > 0:
-            target_OI = target_OI + drift.correction(
-                weight_OI, factor, share, self.plan.tile_rows, pool
+            if order_I is None:
+                target_OI = weight_OI.clone()
+            drift.correct(
+                target_OI, weight_OI, factor, share, self.plan.tile_rows, pool
             )
         solution = solve(
             target_OI,

@@ -24,20 +24,18 @@ def solving_bytes(
 ) -> tuple[int, int]:
     """Count what a linear takes beside its weights: where the factor is, and the host.
 
-    First its target is made, where two streams give it a correction; then it is solved;
-    then what its codes stand for takes the place of its weights. ``size`` is the bytes
-    of a value there.
+    First it is solved, against a target of its own where there are two streams or
+    another order; then what its codes stand for takes the place of its weights.
+    ``size`` is the bytes of a value there.
     """
     whole, rows = outputs * inputs, min(outputs, plan.tile_rows)
     tiles = min(workers, -(-outputs // plan.tile_rows)) * FP32 * rows * inputs
-    ordered = FP32 * whole if plan.act_order else 0
-    corrected = FP32 * whole if plan.streams > 1 else 0
+    target = FP32 * whole if plan.act_order or plan.streams > 1 else 0
     copies = _TILE_COPIES + 3 * (rows <= FEW_ROWS)
+    corrected = 5 * tiles if plan.streams > 1 else 0
     phases = (
-        # The correction by tile, whole, and the sum; of each tile some results more.
-        (4 * tiles if corrected else 0, ordered + 2 * corrected),
-        # Codes of the solver and of rounding, by tile; then those that are kept.
-        (copies * tiles + 3 * whole, max(ordered, corrected)),
+        # A tile's correction on its way into the target, or its own; and all codes.
+        (max(corrected, copies * tiles + whole), target),
         # The codes, the weights that they stand for, and some at a time in between.
         ((1 + size) * whole + _DECODED_WIDTH * min(whole, DECODED), 0),
     )

@@ -111,9 +111,8 @@ def _solve_once(
         whole_RI = drift.matrix_RI  # all of it stays, but only rows of it are solved
         if not drift.shared:
             drift.matrix_RI = whole_RI[:taken]
-        weight_OI = weight_OI + drift.correction(
-            weight_OI, factor, plan.propagate or 1.0, plan.tile_rows, pool
-        )
+        given = (factor, plan.propagate or 1.0, plan.tile_rows, pool)
+        drift.correct(weight_OI, weight_OI.clone(), *given)
     solve(
         weight_OI,
         factor,

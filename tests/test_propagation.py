@@ -60,7 +60,9 @@ def ours(
         drift.add([(error, u_TI)], pool)
     factor = factorise(hessian, damping, 32, pool)
     weight_OI = given["weight_OI"]
-    return weight_OI + drift.correction(weight_OI, factor, share, 32, pool)
+    target_OI = weight_OI.clone()
+    drift.correct(target_OI, weight_OI, factor, share, 32, pool)
+    return target_OI
 
 
 @pytest.mark.parametrize("shared", [True, False])

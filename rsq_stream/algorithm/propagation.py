@@ -55,24 +55,25 @@ class Drift:
         """Follow the Hessian's columns into another order."""
         self.matrix_RI = self.matrix_RI[:, order_I]
 
-    def correction(
+    def correct(
         self,
+        target_OI: Float[Tensor, "O I"],
         weight_OI: Float[Tensor, "O I"],
         factor: Factor,
         share: float,
         tile_rows: int,
         pool: Pool,
-    ) -> Float[Tensor, "O I"]:
-        """Compute W' - W = share G (H + lambda I)^-1 with the solver's factor.
+    ) -> None:
+        """Add share G (H + lambda I)^-1 to the target, with the solver's factor.
 
         H + lambda I = U D U^T, so it is two triangular solves a row: rows are
-        independent. W is in the model's order, W' in the Hessian's. W may lie in host
-        memory, as W' - W then does: only tiles of rows go to where the factor is.
+        independent. W is in the model's order, the target in the Hessian's. Both may
+        lie in host memory: only tiles of rows go to where the factor is.
         """
         upper_II = factor.matrix_II
 
-        def one(rows: tuple[Tensor, Tensor]) -> Tensor:
-            weight_RI, drift_RI = rows
+        def one(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+            target_RI, weight_RI, drift_RI = rows
             if self.shared:
                 drift_RI = weight_RI.to(upper_II.device) @ self.matrix_RI
             half_RI = torch.linalg.solve_triangular(
@@ -85,12 +86,11 @@ class Drift:
                 left=False,
                 unitriangular=True,
             )
-            step_RI: Tensor = share * whole_RI
-            return step_RI.to(weight_RI.device)
+            target_RI += (share * whole_RI).to(target_RI.device)
 
         own_OI = weight_OI if self.shared else self.matrix_RI
-        parts = zip(weight_OI.split(tile_rows), own_OI.split(tile_rows), strict=True)
-        return torch.cat(pool.map(one, list(parts)))
+        parts = [matrix.split(tile_rows) for matrix in (target_OI, weight_OI, own_OI)]
+        pool.map(one, zip(*parts, strict=True))
 
 
 def accumulate(

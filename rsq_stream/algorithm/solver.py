@@ -9,7 +9,7 @@ w_k + sum_{j<k} e_j U[j, k]. In exact arithmetic that is GPTQ (Frantar et al.
 Rows are independent: a tile of rows goes through all columns by itself (``tile.py``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
-from rsq_stream.algorithm.tile import Tile, group_inverses, solve_tile
+from rsq_stream.algorithm.tile import Tile, group_inverses, round_tile, solve_tile
 from rsq_stream.ops.pool import Pool
 
 
@@ -61,8 +61,12 @@ def solve(
     dynamic = dynamic_scales and group_size != -1
     inverse_GCC = group_inverses(factor, group_size) if dynamic else None
 
-    def solve_one(weight_RI: Tensor) -> Tile:
-        return solve_tile(
+    code_OI = torch.empty(weight_OI.shape, dtype=torch.uint8, device=device)
+    rows = list(zip(weight_OI.split(tile_rows), code_OI.split(tile_rows), strict=True))
+
+    def solve_one(given: tuple[Tensor, Tensor]) -> Tile:
+        weight_RI, code_RI = given
+        tile = solve_tile(
             weight_RI.to(device),
             factor=factor,
             grid=grid,
@@ -71,16 +75,29 @@ def solve(
             sweeps=sweeps,
             refit=refit,
         )
+        code_RI.copy_(tile.code_RI)
+        return replace(tile, code_RI=code_RI)
 
-    tiles = pool.map(solve_one, weight_OI.split(tile_rows))
+    tiles = pool.map(solve_one, rows)
     solved, rounded, energy = torch.stack([tile.losses for tile in tiles]).sum(0)
+    scale_OG = torch.cat([tile.scale_RG for tile in tiles])
+    zero_OG = torch.cat([tile.zero_RG for tile in tiles])
     kept_rounding = bool(solved > rounded)
-    codes = [tile.nearest_RI if kept_rounding else tile.code_RI for tile in tiles]
+    if kept_rounding:
+
+        def round_one(given: tuple[Tensor, Tile]) -> None:
+            weight_RI, tile = given
+            code_RI, _ = round_tile(
+                weight_RI.to(device), tile.scale_RG, tile.zero_RG, grid
+            )
+            tile.code_RI.copy_(code_RI)
+
+        pool.map(round_one, zip(weight_OI.split(tile_rows), tiles, strict=True))
     best = rounded if kept_rounding else solved
     return Solution(
-        code_OI=torch.cat(codes),
-        scale_OG=torch.cat([tile.scale_RG for tile in tiles]),
-        zero_OG=torch.cat([tile.zero_RG for tile in tiles]),
+        code_OI=code_OI,
+        scale_OG=scale_OG,
+        zero_OG=zero_OG,
         relative_error=_share(best, energy),
         rounding_error=_share(rounded, energy),
         kept_rounding=kept_rounding,

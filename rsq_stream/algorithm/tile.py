@@ -28,8 +28,6 @@ class Tile:
     """What one tile of rows came to."""
 
     code_RI: Tensor
-    nearest_RI: Tensor
-    """The codes of plain rounding, with the same scales."""
     scale_RG: Tensor
     zero_RG: Tensor
     losses: Tensor
@@ -78,7 +76,7 @@ def solve_tile(
             group_size,
         )
         polish.run(sweeps, refit=refit)
-    nearest_RI, nearest_error_RI = _round(weight_RI, made, grid)
+    _, nearest_error_RI = round_tile(weight_RI, made.scale_RG, made.zero_RG, grid)
     others = (nearest_error_RI, weight_RI)
     if polished:
         losses = weighted_losses((made.error_RI, *others), factor)
@@ -90,7 +88,6 @@ def solve_tile(
         losses = torch.cat([solved.clamp(min=0)[None], rest])
     return Tile(
         made.code_RI.contiguous(),
-        nearest_RI,
         made.scale_RG.contiguous(),
         made.zero_RG.contiguous(),
         losses,
@@ -173,23 +170,26 @@ def _sweep_tile(
     return _Made(code_RI, error_RI, scale_RG, zero_RG, loss_R)
 
 
-def _round(weight_RI: Tensor, made: _Made, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Round plainly, to the scales that are kept; gives codes and errors.
+def round_tile(
+    weight_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Round plainly, to scales that are given; gives codes and errors.
 
     Some columns at a time: on a GPU each step of it is a copy of them.
     """
-    inputs, groups = weight_RI.shape[1], made.scale_RG.shape[1]
-    nearest_RI, error_RI = torch.empty_like(made.code_RI), torch.empty_like(weight_RI)
+    (rows, inputs), groups = weight_RI.shape, scale_RG.shape[1]
+    code_RI = empty(rows, inputs, weight_RI, torch.uint8)
+    error_RI = torch.empty_like(weight_RI)
     size = inputs // groups if groups > 1 else _COLUMNS
     for start in range(0, inputs, size):
         columns = slice(start, start + size)
         group = start // size if groups > 1 else 0
-        scale_R, zero_R = made.scale_RG[:, group], made.zero_RG[:, group]
+        scale_R, zero_R = scale_RG[:, group], zero_RG[:, group]
         level_RL = grid.levels(scale_R, zero_R)
-        nearest_RI[:, columns], error_RI[:, columns] = grid.round(
+        code_RI[:, columns], error_RI[:, columns] = grid.round(
             weight_RI[:, columns], scale_R, zero_R, level_RL
         )
-    return nearest_RI, error_RI
+    return code_RI, error_RI
 
 
 def group_inverses(factor: Factor, group_size: int) -> Float[Tensor, "G C C"]:
