@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from rsq_stream.rates import Rates
     from rsq_stream.stage_meter import StageTaken
 
-HOLDS_MLP = ("mlp out", "outputs")
+_HOLDS_MLP = ("mlp out", "outputs")
 """What the stages' names begin with that keep the MLP's inner activations."""
+_FILLED = (("attention out", 2), ("mlp", 2), ("outputs", 3))
+"""How many of a stream's three slots hold something; elsewhere one does."""
 
 
 def forecast(made: Prepared) -> "Prediction | None":
@@ -63,7 +65,7 @@ def compared(
 
     execution = made.execution
     memory = {stage.name: stage for stage in execution.stages}
-    always = execution.used_bytes + HOST_OVERHEAD_BYTES + resident_bytes(made)
+    always = execution.used_bytes + HOST_OVERHEAD_BYTES
     seconds = expected.stages if expected else {}
     return {
         stage.name: {
@@ -71,7 +73,7 @@ def compared(
             "measured_s": stage.seconds,
             "predicted_host_bytes": always
             + memory[stage.name].host_bytes
-            + execution.mlp_bytes * stage.name.startswith(HOLDS_MLP),
+            + kept_bytes(made, stage.name),
             "measured_host_bytes": stage.host_bytes,
             "predicted_device_bytes": memory[stage.name].device_bytes,
             "measured_device_bytes": stage.device_bytes,
@@ -81,13 +83,29 @@ def compared(
     }
 
 
-def resident_bytes(made: Prepared) -> int:
-    """Give what the units take that stay in memory all the time, in all slots."""
+def kept_bytes(made: Prepared, stage: str) -> int:
+    """Give what units take that stay in memory while a stage of a block is run.
+
+    A block's input always does; after it what attention gave, in whose place h comes;
+    at last its output.
+    """
     execution, units = made.execution, made.plan.units
     if not execution.slots or not units:
         return 0
+    filled = next((count for name, count in _FILLED if stage.startswith(name)), 1)
+    slots = execution.slots // 3 * filled
     # Rounded up: the last unit may be smaller than the others.
-    return execution.slots * execution.slot_bytes * execution.resident_units // units
+    resident = slots * execution.slot_bytes * execution.resident_units // units
+    return resident + execution.mlp_bytes * stage.startswith(_HOLDS_MLP)
+
+
+def host_peak(made: Prepared) -> int:
+    """Give the host memory of the tightest stage, beside what is taken already."""
+    from rsq_stream.memory_fit import HOST_OVERHEAD_BYTES
+
+    stages = made.execution.stages
+    most = max(stage.host_bytes + kept_bytes(made, stage.name) for stage in stages)
+    return most + HOST_OVERHEAD_BYTES
 
 
 def stage_table(made: Prepared, found: dict[str, dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.schemes import GRID_NAMES
 
 from .bits import as_choice, explained, with_bits
-from .forecast import forecast, forecast_rows, resident_bytes
+from .forecast import forecast, forecast_rows, host_peak
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
@@ -113,9 +113,7 @@ def rows(made: Prepared) -> dict[str, str]:
         "device": f"{options.device}, {options.workers} threads,"
         f" {execution.in_flight} units in flight",
         **_gpu_memory(made),
-        "host memory": size(
-            execution.working_bytes + resident_bytes(made) + execution.mlp_bytes
-        ),
+        "host memory": size(host_peak(made)),
         "tightest stage": execution.tightest.name,
         "scratch on disk": size(execution.scratch_bytes),
         "written in all": size(execution.written_bytes),
