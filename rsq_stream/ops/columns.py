@@ -47,7 +47,7 @@ def plus_product(
     left_RI: Float[Tensor, "R I"],
     right_IC: Float[Tensor, "I C"],
     *,
-    alpha: float = 1,
+    alpha: int = 1,
 ) -> Float[Tensor, "R C"]:
     """Give base + alpha (left right), laid out for the loops."""
     made_RC = empty(len(base_RC), base_RC.shape[1], base_RC)
