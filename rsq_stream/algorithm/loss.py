@@ -18,7 +18,10 @@ rows is bound by reading H."""
 def weighted_losses(
     parts: Sequence[Float[Tensor, "R I"]], factor: Factor
 ) -> Float64[Tensor, "S"]:
-    """Compute tr(E H E^T) of each part from the lower triangle, with fp64 sums."""
+    """Compute tr(E H E^T) of each part from the lower triangle.
+
+    What blocks of columns give a row is added up in fp64.
+    """
     rows = parts[0].shape[0]
     stacks = [_below_each_other(parts)] if rows <= FEW_ROWS else parts
     loss_N = torch.cat([_row_losses(stack_NI, factor) for stack_NI in stacks])
