@@ -6,7 +6,8 @@ The last line of stderr is JSON: bytes written, the seconds of each block, and b
 (as the memory plan has them) how often the GPU had work when it was looked at. Looking
 asks the compute stream whether it is done, 500 times a second, and waits for nothing.
 Compute that is held until a copy arrives counts as work: ``--kernels`` has the
-profiler add up the times of kernels themselves, which takes some GiB of host memory.
+profiler add up the times of kernels themselves, in all and by stage and name, which
+takes some GiB of host memory.
 ``--limit`` has the kernel refuse memory beyond it (``shapes.py`` says how).
 """
 
@@ -15,6 +16,8 @@ import json
 import resource
 import sys
 import threading
+import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,20 +67,22 @@ class Watch:
         return {stage: self.busy[stage] / n for stage, n in self.looks.items()}
 
 
-def follow_stages(watch: Watch) -> None:
-    """Tell the watch which stage it is."""
-    known = StageMeter.stage
+def follow_stages(watch: Watch) -> list[tuple[str, int, int]]:
+    """Tell the watch which stage it is; gives a list that gets their spans, in ns."""
+    known, spans = StageMeter.stage, []
 
     @contextmanager
     def stage(self: StageMeter, name: str) -> Iterator[None]:
-        watch.stage = name
+        watch.stage, began = name, time.time_ns()
         try:
             with known(self, name):  # its end waits for the GPU
                 yield
         finally:
             watch.stage = ""
+            spans.append((name, began, time.time_ns()))
 
     StageMeter.stage = stage  # type: ignore[method-assign]
+    return spans
 
 
 def follow_blocks() -> list[float]:
@@ -107,9 +112,24 @@ def kernel_seconds(events: Iterable[Any]) -> float:
     return union_s(
         (event.start_ns(), event.duration_ns())
         for event in events
-        if event.device_type() == DeviceType.CUDA
-        and not event.name().startswith(_COPIES)
+        if not event.name().startswith(_COPIES)
     )
+
+
+def by_name(
+    events: Iterable[Any], spans: list[tuple[str, int, int]]
+) -> list[tuple[str, str, float, int]]:
+    """Add up kernels and copies by stage and name: seconds, and how many."""
+    spent, times = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    spans = sorted(spans, key=lambda span: span[1])
+    starts = [began for _, began, _ in spans]
+    for event in events:
+        at = bisect_right(starts, event.start_ns()) - 1
+        inside = at >= 0 and event.start_ns() < spans[at][2]
+        key = spans[at][0] if inside else "", event.name()
+        spent[key] += event.duration_ns() / 1e9
+        times[key] += 1
+    return [(*key, seconds, times[key]) for key, seconds in spent.most_common()]
 
 
 def limit_memory(ram: str) -> None:
@@ -129,8 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
     watch = Watch()
-    if torch.cuda.is_available():
-        follow_stages(watch)
+    spans = follow_stages(watch) if torch.cuda.is_available() else []
     block_s = follow_blocks()
     profiled = (
         profile(activities=[ProfilerActivity.CUDA]) if given.kernels else nullcontext()
@@ -147,5 +166,11 @@ if __name__ == "__main__":
             "block_s": block_s,
         }
         if given.kernels:
-            found["kernel_s"] = kernel_seconds(seen.profiler.kineto_results.events())
+            events = [
+                event
+                for event in seen.profiler.kineto_results.events()
+                if event.device_type() == DeviceType.CUDA
+            ]
+            found["kernel_s"] = kernel_seconds(events)
+            found["kernels"] = by_name(events, spans)
         print(json.dumps(found), file=sys.stderr)

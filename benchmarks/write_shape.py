@@ -8,6 +8,10 @@ shapes; ``narrow`` and ``4M`` are small ones, for runs with many tokens or block
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -63,17 +67,34 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
     for name, size in sizes.items():
         begin, end = end, end + 2 * prod(size)
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
-    random = torch.Generator().manual_seed(0)
-    with (folder / "model.safetensors").open("wb") as file:
+    seeds = count()
+    workers = len(os.sched_getaffinity(0))
+    with (
+        (folder / "model.safetensors").open("wb") as file,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         content = json.dumps(header).encode()
         file.write(len(content).to_bytes(8, "little") + content)
         for size in sizes.values():
-            deviation = 0.0 if len(size) == 1 else size[-1] ** -0.5
-            for start in range(0, prod(size), _PART):
-                count = min(_PART, prod(size) - start)
-                part = torch.randn(count, generator=random) * deviation
-                part += 1.0 if len(size) == 1 else 0.0
-                file.write(part.bfloat16().view(torch.uint8).numpy().data)
+            parts = [(next(seeds), *part) for part in parts_of(size)]
+            for first in range(0, len(parts), workers):  # so many are in memory
+                for part in pool.map(random_part, parts[first : first + workers]):
+                    file.write(part.view(torch.uint8).numpy().data)
+
+
+def parts_of(size: tuple[int, ...]) -> Iterator[tuple[int, float, float]]:
+    """Give number, deviation and mean of the values of a tensor, by parts."""
+    values = prod(size)
+    of = (0.0, 1.0) if len(size) == 1 else (size[-1] ** -0.5, 0.0)
+    for start in range(0, values, _PART):
+        yield min(_PART, values - start), *of
+
+
+def random_part(drawn: tuple[int, int, float, float]) -> torch.Tensor:
+    """Draw a part with a seed of its own, so that workers change nothing."""
+    seed, values, deviation, mean = drawn
+    made = torch.randn(values, generator=torch.Generator().manual_seed(seed))
+    return made.mul_(deviation).add_(mean).bfloat16()
 
 
 def write_text(path: Path, words: int) -> None:
