@@ -89,7 +89,7 @@ def call(
     """Run a command with --json; gives what it and its watch say, and its peaks."""
     program = str(Path(__file__).with_name("watched_run.py"))
     process = subprocess.Popen(
-        [sys.executable, program, *watching, "--", *arguments, "--json"],
+        [sys.executable, program, *watching, "--", *arguments, "--json", "--debug"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
