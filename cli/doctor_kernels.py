@@ -40,6 +40,7 @@ def compiled(architecture: str) -> str:
         Kernel("lattice", "lattice"),
         Kernel("pack", "pack", ("BITS=3",)),
         Kernel("sweep", "sweep", ("CHUNKS=4",)),
+        Kernel("terms", "two_terms", ("BF16",)),
     ]
     for kernel in kernels:
         text = source_of(kernel.source)
@@ -100,6 +101,7 @@ def kernel_checks(device: str) -> list[KernelCheck]:
         _packing(device),
         _hadamard(device),
         _column_sums(device),
+        _terms(device, weight_RC, scale_R),
     ]
 
 
@@ -233,6 +235,25 @@ def _column_sums(device: str) -> KernelCheck:
     return KernelCheck(
         "kernel column_sums", lambda: column_sums(*there), require, moved
     )
+
+
+def _terms(device: str, x_TC: "Tensor", weight_T: "Tensor") -> KernelCheck:
+    import torch
+
+    from rsq_stream.ops.terms import two_terms
+
+    kind = torch.bfloat16
+    x_TC = x_TC.to(kind)
+    there: Any = (x_TC.to(device), kind, weight_T.to(device))
+
+    def require() -> None:
+        for found, twin in zip(
+            two_terms(*there), two_terms(x_TC, kind, weight_T), strict=True
+        ):
+            _equal("terms", found, twin)
+
+    moved = 6 * x_TC.numel()
+    return KernelCheck("kernel terms", lambda: two_terms(*there), require, moved)
 
 
 def without_device() -> str:

@@ -6,7 +6,7 @@ from rsq_stream.model.architecture import STAGES, Architecture
 
 FP32 = 4
 OUTPUTS = 2048
-"""Rows of a 16-bit weight that are brought into fp32 at a time, for the drift."""
+"""Rows of a 16-bit weight that are used at a time, for the drift."""
 QUERIES = 128
 """Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 
@@ -33,10 +33,11 @@ def unit_bytes(
     # The difference and that times weights; of other types both inputs in fp32 first.
     apart = difference * (2 if size == FP32 else 3)
     if len(linears) == 1:  # the output's error, and in fp32 the residuals'
-        made = difference + 5 * FP32 * tokens * outputs
-        if on_gpu:  # W in fp32, some rows at a time
-            made += 2 * FP32 * min(OUTPUTS, outputs) * inputs
-        apart = max(apart, made)
+        result = FP32 * tokens * outputs
+        apart = max(apart, difference + 5 * result)
+        if on_gpu:  # its two terms, and of W some rows that may be fetched
+            fetched = size * min(OUTPUTS, outputs) * inputs
+            apart = max(apart, 2 * difference + fetched + result)
     return max(held + through, plan.streams * held + apart)
 
 

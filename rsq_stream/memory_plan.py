@@ -81,7 +81,8 @@ class MemoryPlan:
     def _outside(self) -> StageMemory:
         """Count a chunk of embedding or head; and the windows, as written to a file."""
         chunks = outer_bytes(self.architecture, self.plan)
-        return self._made(_OUTSIDE, 0, max(chunks, 2 * self._windows))
+        device = chunks if self.on_gpu else 0
+        return self._made(_OUTSIDE, device, max(chunks, 2 * self._windows))
 
     def _reading(self) -> StageMemory:
         """Count a block as stored, in fp32, and what a linear's rotation takes."""
@@ -111,9 +112,9 @@ class MemoryPlan:
             self.architecture, plan, number, self._compute_size, on_gpu=self.on_gpu
         )
         panel = min(plan.hessian_panel, inputs)
-        product = FP32 * panel * (inputs + tokens) * 2
-        if not self.on_gpu:
-            product = FP32 * panel * tokens
+        product = FP32 * panel * tokens
+        if self.on_gpu:  # the two terms of the errors too, all panels at once
+            product = max(product, errors)
         concurrent = min(self.workers, self.in_flight)
         # Units that wait for the others, and those at work; then products of all.
         waiting = (self.in_flight - concurrent) * (held + errors)

@@ -70,7 +70,9 @@ class Source:
         return self._embedded(weight_ND)
 
     def _embedded(self, weight_RD: Tensor) -> Tensor:
-        return self._rotation.embedding(weight_RD) if self._rotation else weight_RD
+        if self._rotation is None:
+            return weight_RD
+        return self._rotation.embedding(weight_RD.to(self._device)).cpu()
 
     def head(self) -> Iterator[Tensor]:
         """Give the head as the output stores it: untied, where it was tied."""
@@ -78,9 +80,9 @@ class Source:
         if self._rotation is None:
             yield from chunks
             return
-        gain_D = self._read(FINAL_NORM)
+        gain_D = self._read(FINAL_NORM).to(self._device)
         for weight_RD in chunks:
-            yield self._rotation.head(weight_RD, gain_D)
+            yield self._rotation.head(weight_RD.to(self._device), gain_D).cpu()
 
     def _chunks(self, name: str) -> Iterator[Tensor]:
         rows = chunk_rows(self._architecture.width)

@@ -22,6 +22,7 @@ SIZES: dict[str, list[tuple[str, ...]]] = {
     ],
     "pack": [("BITS=3",)],
     "lattice": [()],
+    "terms": [(), ("BF16",)],
     "sweep": [("CHUNKS=4",), ("CHUNKS=4", "TABLE")],
 }
 """What a run uses, by source."""

@@ -24,6 +24,7 @@ from rsq_stream.ops import (
     lattice,
     sweep,
     table,
+    terms,
 )
 from rsq_stream.ops.codebook import digit_values
 from tests import host_kernels
@@ -35,7 +36,7 @@ from tests.test_sweep import problem
 pytestmark = pytest.mark.skipif(
     host_kernels.compiler() is None, reason="needs g++, which is absent"
 )
-FACES = (bit_stream, clip_search, column_sums, descent, hadamard, lattice, sweep)
+FACES = (bit_stream, clip_search, column_sums, descent, hadamard, lattice, sweep, terms)
 each_size = pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (5, 63), (3, 137), (6, 172)]
 )
@@ -179,7 +180,7 @@ def test_no_mass_is_lost(factor):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("codes", [1, 32, 63, 137, 172])
+@pytest.mark.parametrize("codes", [1, 32, 48, 63, 137, 160, 172])
 def test_packing_is_its_twin(codes, bits):
     generator = torch.Generator().manual_seed(codes)
     code_OI = torch.randint(2**bits, (5, codes), generator=generator).to(torch.uint8)
@@ -187,6 +188,24 @@ def test_packing_is_its_twin(codes, bits):
     assert torch.equal(word_OW, pack_naive(code_OI, bits))
     assert torch.equal(bit_stream.unpack_kernel(word_OW, bits, codes), code_OI)
     assert torch.equal(unpack_naive(word_OW, bits, codes), code_OI)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 8, 63, 64, 137, 172])
+def test_two_terms_are_their_twins(columns, dtype):
+    generator = torch.Generator().manual_seed(columns)
+    # Of a wider matrix: rows begin at multiples of 16 bytes, or they do not.
+    wide_TC = torch.randn(5, columns + columns % 8, generator=generator).to(dtype)
+    weight_T = torch.rand(5, generator=generator).bfloat16().float()
+    for x_TC in (wide_TC[:, :columns], wide_TC[:, columns // 2 :]):
+        x_TC[2, -1] = float("nan")
+        for weights in (None, weight_T):
+            found = terms.two_terms_kernel(x_TC, weights)
+            twin = terms.two_terms_naive(x_TC, torch.bfloat16, weights)
+            for one, other in zip(found, twin, strict=True):
+                fine = ~other.isnan()
+                assert torch.equal(one.isnan(), other.isnan())
+                assert torch.equal(one[fine], other[fine])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.ops.pool import Pool
+from rsq_stream.ops.terms import add_product, two_terms
 
 
 class Hessian:
@@ -59,13 +60,9 @@ def accumulate(
     fp32 inputs: one fp32 product. bf16 inputs: two products with fp32 results, of the
     terms that w * x is the sum of; with w in bf16 it has 16 significant bits, no more.
     """
-    weighted_TC = x_TC.float()
-    if weight_T is not None:
-        weighted_TC = weight_T[:, None] * weighted_TC
     if x_TI.dtype == torch.float32:
+        weighted_TC = x_TC if weight_T is None else weight_T[:, None] * x_TC
         panel_IC.addmm_(x_TI.T, weighted_TC)
         return
-    high_TC = weighted_TC.to(x_TI.dtype)
-    low_TC = (weighted_TC - high_TC.float()).to(x_TI.dtype)
-    for term_TC in (high_TC, low_TC):
-        panel_IC += torch.mm(x_TI.T, term_TC, out_dtype=torch.float32)
+    for term_TC in two_terms(x_TC, x_TI.dtype, weight_T):
+        add_product(panel_IC, x_TI.T, term_TC)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.ops.pool import Pool
+from rsq_stream.ops.terms import add_product, two_terms
 
 
 class Drift:
@@ -38,7 +39,8 @@ class Drift:
         self.matrix_RI: Float[Tensor, "R I"] = torch.zeros(
             rows, inputs, dtype=torch.float32, device=device
         )
-        self.panel = panel
+        # Panels are for workers: a GPU makes one product, and its terms once.
+        self.panel = inputs if device.type == "cuda" else panel
 
     def add(self, units: list[tuple[Tensor, Tensor]], pool: Pool) -> None:
         """Add units of (weighted errors ``[T, R]`` in fp32, inputs ``[T, I]``)."""
@@ -103,10 +105,8 @@ def accumulate(
     if u_TC.dtype == torch.float32:
         panel_RC.addmm_(error_TR.T, u_TC)
         return
-    high_TR = error_TR.to(u_TC.dtype)
-    low_TR = (error_TR - high_TR.float()).to(u_TC.dtype)
-    for term_TR in (high_TR, low_TR):
-        panel_RC += torch.mm(term_TR.T, u_TC, out_dtype=torch.float32)
+    for term_TR in two_terms(error_TR, u_TC.dtype):
+        add_product(panel_RC, term_TR.T, u_TC)
 
 
 def stream_error(

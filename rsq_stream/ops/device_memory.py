@@ -18,9 +18,8 @@ def cap(device: torch.device, limit_bytes: int) -> None:
     """
     _, total = torch.cuda.mem_get_info(device)
     share = min(1.0, limit_bytes / total)
-    # It takes no "cuda" without a number.
-    number = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(share, number)
+    with torch.cuda.device(device):  # it takes no "cuda" without a number
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def peak_bytes(device: torch.device) -> int:
