@@ -94,7 +94,8 @@ class BlockMeter:
             self.passes.check()
             scheme = self._scheme(linear, bits, weight_OI.shape[1])
             grid = make_grid(self.plan, bits, self.types[linear])
-            rows, pool = self.plan.tile_rows, self.passes.pool
+            rows = self.plan.tile_rows_of(weight_OI.shape[1])
+            pool = self.passes.pool
             made = round_to_nearest(weight_OI, grid, scheme.group_size, rows, pool)
             decoded_OI = grid.decode(made.code_OI, made.scale_OG, made.zero_OG)
             error_OI = weight_OI - decoded_OI

@@ -115,29 +115,28 @@ class BlockSolver:
     def _solve_linear(
         self, linear: str, factor: Factor, drift: Drift | None, order_I: Tensor | None
     ) -> None:
-        pool = self.passes.pool
-        weight_OI = target_OI = self.weights.pop(linear)
-        if order_I is not None:
-            target_OI = weight_OI[:, order_I.to(weight_OI.device)]
+        weight_OI = self.weights.pop(linear)
         share = self.plan.propagate_share(block_prefix(self.index) + linear)
-        if drift is not None and share > 0:
-            if order_I is None:
-                target_OI = weight_OI.clone()
-            drift.correct(
-                target_OI, weight_OI, factor, share, self.plan.tile_rows, pool
-            )
+
+        def target(weight_RI: Tensor, rows: slice) -> Tensor:
+            target_RI = weight_RI if order_I is None else weight_RI[:, order_I]
+            if drift is None or share == 0:
+                return target_RI
+            return drift.correction(weight_RI, rows, factor, share).add_(target_RI)
+
         solution = solve(
-            target_OI,
+            weight_OI,
             factor,
             self.grids[linear],
             self.schemes[linear].group_size,
             dynamic_scales=self.plan.group_scales == "dynamic",
-            tile_rows=self.plan.tile_rows,
-            pool=pool,
+            tile_rows=self.plan.tile_rows_of(weight_OI.shape[1]),
+            pool=self.passes.pool,
             sweeps=self.plan.sweeps,
             refit=self.plan.refit,
+            target=target,
         )
-        del target_OI, weight_OI  # what is decoded takes their place
+        del weight_OI  # what is decoded takes its place
         if order_I is not None:
             solution = put_back(solution, order_I)
         block = self.streams[0].block
@@ -175,7 +174,7 @@ def round_block(
     weights: dict[str, Tensor],
     schemes: dict[str, Scheme],
     grids: dict[str, Grid],
-    tile_rows: int,
+    tile_rows_of: Callable[[int], int],
     device: torch.device,
     passes: Passes,
     keep: Keep,
@@ -188,8 +187,9 @@ def round_block(
     for linear, scheme in schemes.items():
         passes.check()
         weight_OI = weights.pop(linear).to(device)
+        rows = tile_rows_of(weight_OI.shape[1])
         solution = round_to_nearest(
-            weight_OI, grids[linear], scheme.group_size, tile_rows, passes.pool
+            weight_OI, grids[linear], scheme.group_size, rows, passes.pool
         )
         keep(linear, solution)
         records.append(record(index, linear, scheme, solution))

@@ -41,6 +41,7 @@ DEVICE_FIELDS = (
     "hessian_panel",
     "tile_columns",
     "tile_rows",
+    "tile_weights",
 )
 """Plan fields that follow from the device: all that ``allow_device_change`` lets by."""
 
@@ -107,11 +108,13 @@ class QuantizationPlan(
     tile_columns: int
     """Columns per tile of the factorisation and per block of the sweep."""
     tile_rows: int
-    """Output rows per tile of the solve."""
+    """Output rows per tile of the solve, at least."""
     shard_bytes: int
     """Largest output shard (a single larger tensor gets its own)."""
     grid: str = INTEGER
     """What codes stand for: ``integer``, ``nf`` (NormalFloat), ``e8p`` (a lattice)."""
+    tile_weights: int = 0
+    """Weights per tile: of a narrow linear more rows than ``tile_rows``."""
     output_format: str = COMPRESSED_TENSORS
     maths_version: int = MATHS_VERSION
     device_kind: str = ""
@@ -153,6 +156,7 @@ class QuantizationPlan(
         for name in ("unit_sequences", "hessian_panel", "tile_columns", "tile_rows"):
             size = getattr(self, name)
             require(size >= 1, name.replace("_", "-"), size, "1 or more")
+        require(self.tile_weights >= 0, "tile-weights", self.tile_weights, "0 or more")
         require(self.samples >= 1, "samples", self.samples, "1 or more")
         require(
             self.sequence_length >= 2,
@@ -185,6 +189,10 @@ class QuantizationPlan(
     def units(self) -> int:
         """Units of computation; the last one may hold fewer sequences."""
         return -(-self.sequences // self.unit_sequences)
+
+    def tile_rows_of(self, inputs: int) -> int:
+        """Give the rows of a linear of so many inputs that are solved together."""
+        return max(self.tile_rows, self.tile_weights // inputs)
 
     def damping_for(self, inputs: int) -> float:
         """Give the damping of a Hessian of so many inputs, at most 1.

@@ -140,12 +140,10 @@ class MemoryPlan:
     def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
         """Count the factor, and what the linear takes: ``solver_memory.py``."""
         shape = self.architecture.linear_shape(linear)
-        taken, target = solving_bytes(
-            self.plan, *shape, self._compute_size, self.workers, on_gpu=self.on_gpu
-        )
+        taken = solving_bytes(self.plan, *shape, self._compute_size, self.workers)
         device = self._weights(solved, used=False) + self._statistics(stage) + taken
         device += self._aside(shape[1])
-        host = self._solver_weights(solved) + target
+        host = self._solver_weights(solved)
         if self.on_gpu:  # codes on their way to the output, of the linear before too
             packed = max(map(self._packed, stage.linears))
             host += packed

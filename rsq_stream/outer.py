@@ -55,7 +55,7 @@ class Outer:
                 weight_RD.float(),
                 make_grid(self.plan, scheme.bits, weight_RD.dtype),
                 scheme.group_size,
-                self.plan.tile_rows,
+                self.plan.tile_rows_of(shape[1]),
                 self.pool,
             )
             codes = encode_linear(HEAD_LINEAR, solution, scheme, weight_RD.dtype)

@@ -247,7 +247,7 @@ class _Run:
         weights = {name: tensors.pop(f"{name}.weight").to(place) for name in schemes}
         tensors.clear()
         keep = keeper(index, plan, source, self._output.write)
-        rows, device, passes = plan.tile_rows, self._device, self._passes
+        rows, device, passes = plan.tile_rows_of, self._device, self._passes
         return round_block(index, weights, schemes, grids, rows, device, passes, keep)
 
     def _commit(self, index: int, seconds: float, records: list[LinearRecord]) -> None:

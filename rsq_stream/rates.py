@@ -136,7 +136,7 @@ def _solved_weights(
 ) -> float:
     """Solve a tile of rows for each worker; gives weights a second."""
     inputs, device = len(factor.scale_I), factor.scale_I.device
-    rows = min(plan.tile_rows, inputs) * pool.workers
+    rows = min(plan.tile_rows_of(inputs), inputs) * pool.workers
     # Spread evenly over the grid, in an order that is not a line.
     entry = torch.arange(rows * inputs, dtype=torch.int64, device=device)
     weight_OI = ((entry * 7919 % 10007).float() / 10007 - 0.5).reshape(rows, inputs)
@@ -149,7 +149,7 @@ def _solved_weights(
             grid,
             plan.group_size,
             dynamic_scales=plan.group_scales == "dynamic",
-            tile_rows=plan.tile_rows,
+            tile_rows=plan.tile_rows_of(inputs),
             pool=pool,
             sweeps=plan.sweeps,
             refit=plan.refit,

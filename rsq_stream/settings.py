@@ -31,6 +31,9 @@ from rsq_stream.schemes import (
 )
 from rsq_stream.storage.shards import Checkpoint
 
+GPU_TILE_WEIGHTS = 1 << 27
+"""Weights that a GPU solves together: with fewer it waits for launches, and each more
+takes some 20 bytes."""
 UNIT_TOKENS = 2048
 """A unit holds as many whole sequences as fit into this many tokens, at least one."""
 Setting = TypeVar("Setting")
@@ -227,7 +230,8 @@ def make_plan(
         unit_sequences=max(1, UNIT_TOKENS // length),
         hessian_panel=2048 if cuda else 128,
         tile_columns=128,
-        tile_rows=4096 if cuda else host_tile_rows(architecture.width),
+        tile_rows=256 if cuda else host_tile_rows(architecture.width),
+        tile_weights=GPU_TILE_WEIGHTS if cuda else 0,
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
     )

@@ -4,6 +4,7 @@ Not hours later, when the first block comes to it. Nothing is kept.
 """
 
 import torch
+from torch import Tensor
 
 from rsq_stream.algorithm.factor import factorise
 from rsq_stream.algorithm.hessian import Hessian
@@ -105,24 +106,27 @@ def _solve_once(
     factor = factorise(
         hessian, max(plan.damping, plan.damping_for(inputs)), plan.tile_columns, pool
     )
-    taken = min(outputs, plan.tile_rows * pool.workers)
+    tile_rows = plan.tile_rows_of(inputs)
+    taken = min(outputs, tile_rows * pool.workers)
     weight_OI = torch.randn(taken, inputs, generator=random)
-    if drift is not None:
-        whole_RI = drift.matrix_RI  # all of it stays, but only rows of it are solved
-        if not drift.shared:
-            drift.matrix_RI = whole_RI[:taken]
-        given = (factor, plan.propagate or 1.0, plan.tile_rows, pool)
-        drift.correct(weight_OI, weight_OI.clone(), *given)
+
+    def target(weight_RI: Tensor, rows: slice) -> Tensor:
+        if drift is None:
+            return weight_RI
+        share = plan.propagate or 1.0
+        return drift.correction(weight_RI, rows, factor, share).add_(weight_RI)
+
     solve(
         weight_OI,
         factor,
         make_grid(plan, scheme.bits, torch.bfloat16),
         scheme.group_size,
         dynamic_scales=plan.group_scales == "dynamic",
-        tile_rows=plan.tile_rows,
+        tile_rows=tile_rows,
         pool=pool,
         sweeps=plan.sweeps,
         refit=plan.refit,
+        target=target,
     )
 
 

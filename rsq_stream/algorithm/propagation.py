@@ -57,42 +57,28 @@ class Drift:
         """Follow the Hessian's columns into another order."""
         self.matrix_RI = self.matrix_RI[:, order_I]
 
-    def correct(
+    def correction(
         self,
-        target_OI: Float[Tensor, "O I"],
-        weight_OI: Float[Tensor, "O I"],
+        weight_RI: Float[Tensor, "R I"],
+        rows: slice,
         factor: Factor,
         share: float,
-        tile_rows: int,
-        pool: Pool,
-    ) -> None:
-        """Add share G (H + lambda I)^-1 to the target, with the solver's factor.
+    ) -> Float[Tensor, "R I"]:
+        """Give share G (H + lambda I)^-1 for some rows of W, with the solver's factor.
 
         H + lambda I = U D U^T, so it is two triangular solves a row: rows are
-        independent. W is in the model's order, the target in the Hessian's. Both may
-        lie in host memory: only tiles of rows go to where the factor is.
+        independent. W is in the model's order, what is given in that of the Hessian.
         """
         upper_II = factor.matrix_II
-
-        def one(rows: tuple[Tensor, Tensor, Tensor]) -> None:
-            target_RI, weight_RI, drift_RI = rows
-            if self.shared:
-                drift_RI = weight_RI.to(upper_II.device) @ self.matrix_RI
-            half_RI = torch.linalg.solve_triangular(
-                upper_II.T, drift_RI, upper=False, left=False, unitriangular=True
-            )
-            whole_RI = torch.linalg.solve_triangular(
-                upper_II,
-                half_RI / factor.scale_I,
-                upper=True,
-                left=False,
-                unitriangular=True,
-            )
-            target_RI += (share * whole_RI).to(target_RI.device)
-
-        own_OI = weight_OI if self.shared else self.matrix_RI
-        parts = [matrix.split(tile_rows) for matrix in (target_OI, weight_OI, own_OI)]
-        pool.map(one, zip(*parts, strict=True))
+        drift_RI = weight_RI @ self.matrix_RI if self.shared else self.matrix_RI[rows]
+        half_RI = torch.linalg.solve_triangular(
+            upper_II.T, drift_RI, upper=False, left=False, unitriangular=True
+        )
+        half_RI /= factor.scale_I
+        whole_RI: Tensor = torch.linalg.solve_triangular(
+            upper_II, half_RI, upper=True, left=False, unitriangular=True
+        )
+        return whole_RI.mul_(share)
 
 
 def accumulate(

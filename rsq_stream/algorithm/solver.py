@@ -9,6 +9,7 @@ w_k + sum_{j<k} e_j U[j, k]. In exact arithmetic that is GPTQ (Frantar et al.
 Rows are independent: a tile of rows goes through all columns by itself (``tile.py``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,9 @@ from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.tile import Tile, group_inverses, round_tile, solve_tile
 from rsq_stream.ops.pool import Pool
+
+Target = Callable[[Tensor, slice], Tensor]
+"""Gives what some rows ``[R, I]`` of the weights are to become, from these rows."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def solve(
     pool: Pool,
     sweeps: int = 0,
     refit: bool = False,
+    target: Target | None = None,
 ) -> Solution:
     """Quantize a linear against the Hessian that ``factor`` holds.
 
@@ -56,18 +61,24 @@ def solve(
     rounding with the same scales, the rounded codes are kept.
 
     The weights may lie in host memory: tile by tile they go to where the factor is.
+    There ``target`` makes of them what is solved; else they are solved themselves.
     """
     device = factor.matrix_II.device
     dynamic = dynamic_scales and group_size != -1
     inverse_GCC = group_inverses(factor, group_size) if dynamic else None
 
     code_OI = torch.empty(weight_OI.shape, dtype=torch.uint8, device=device)
-    rows = list(zip(weight_OI.split(tile_rows), code_OI.split(tile_rows), strict=True))
+    starts = range(0, len(weight_OI), tile_rows)
 
-    def solve_one(given: tuple[Tensor, Tensor]) -> Tile:
-        weight_RI, code_RI = given
+    def target_of(rows: slice) -> Tensor:
+        weight_RI = weight_OI[rows].to(device)
+        return weight_RI if target is None else target(weight_RI, rows)
+
+    def solve_one(start: int) -> Tile:
+        rows = slice(start, start + tile_rows)
+        code_RI = code_OI[rows]
         tile = solve_tile(
-            weight_RI.to(device),
+            target_of(rows),
             factor=factor,
             grid=grid,
             group_size=group_size,
@@ -78,21 +89,20 @@ def solve(
         code_RI.copy_(tile.code_RI)
         return replace(tile, code_RI=code_RI)
 
-    tiles = pool.map(solve_one, rows)
+    tiles = pool.map(solve_one, starts)
     solved, rounded, energy = torch.stack([tile.losses for tile in tiles]).sum(0)
     scale_OG = torch.cat([tile.scale_RG for tile in tiles])
     zero_OG = torch.cat([tile.zero_RG for tile in tiles])
     kept_rounding = bool(solved > rounded)
     if kept_rounding:
 
-        def round_one(given: tuple[Tensor, Tile]) -> None:
-            weight_RI, tile = given
-            code_RI, _ = round_tile(
-                weight_RI.to(device), tile.scale_RG, tile.zero_RG, grid
-            )
+        def round_one(given: tuple[int, Tile]) -> None:
+            start, tile = given
+            target_RI = target_of(slice(start, start + tile_rows))
+            code_RI, _ = round_tile(target_RI, tile.scale_RG, tile.zero_RG, grid)
             tile.code_RI.copy_(code_RI)
 
-        pool.map(round_one, zip(weight_OI.split(tile_rows), tiles, strict=True))
+        pool.map(round_one, zip(starts, tiles, strict=True))
     best = rounded if kept_rounding else solved
     return Solution(
         code_OI=code_OI,
