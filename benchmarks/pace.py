@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from rsq_stream.model.architecture import read_architecture
-from rsq_stream.storage.activations import has_direct_io
 from rsq_stream.storage.atomic import sync_file
-from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
+from rsq_stream.storage.chunk_file import (
+    aligned_empty,
+    has_direct_io,
+    read_chunk,
+    write_chunk,
+)
 
 BLOCKS = {"8B": 32, "70B": 80, "405B": 126}
 OUTSIDE = "embedding and head"

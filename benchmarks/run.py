@@ -28,7 +28,8 @@ from rsq_stream.algorithm.solver import Solution, solve
 from rsq_stream.ops.columns import laid_out
 from rsq_stream.ops.pool import Pool, single_threaded_products
 from rsq_stream.settings import host_tile_rows
-from rsq_stream.storage.activations import Slot, has_direct_io
+from rsq_stream.storage.activations import Slot
+from rsq_stream.storage.chunk_file import has_direct_io
 from rsq_stream.storage.slot_shape import SlotShape
 
 TILE = 128

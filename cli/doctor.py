@@ -133,7 +133,8 @@ def _disk(folder: Path) -> str:
     """Write and read back a slot of activations; the files are removed."""
     import torch
 
-    from rsq_stream.storage.activations import Slot, has_direct_io
+    from rsq_stream.storage.activations import Slot
+    from rsq_stream.storage.chunk_file import has_direct_io
     from rsq_stream.storage.slot_shape import SlotShape
 
     free = shutil.disk_usage(folder).free

@@ -207,8 +207,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> "Checkpoint":
 
 def tokenizer_of(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
     """Load a checkpoint's tokenizer; of a hub id, its small files are fetched."""
-    from rsq_stream.calibration import load_tokenizer
     from rsq_stream.storage.files import SIDE_FILES
+    from rsq_stream.tokenizer import load_tokenizer
 
     for name in SIDE_FILES:
         checkpoint.files.exists(name)  # of a hub id, this fetches the file

@@ -10,19 +10,18 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as parquet
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rsq_stream.errors import CalibrationError, CheckpointError
+from rsq_stream.errors import CalibrationError
 
 _JOIN = "\n\n"
 _LARGEST_TEXT_CHARACTERS = 50_000_000
@@ -96,26 +95,6 @@ class Windows:
         return torch.stack(rows)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the model's own tokenizer; remote code is never run.
-
-    Raises
-    ------
-    CheckpointError
-        The folder holds no tokenizer that transformers knows.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{folder}: no usable tokenizer ({reason}); calibration text needs one"
-        ) from error
-    return tokenizer
-
-
 def read_text(calibration: str, seed: int, option: str = "--calibration") -> str:
     """Give the text of a named data set or of a .txt, .jsonl or .parquet file.
 
@@ -143,7 +122,7 @@ def read_text(calibration: str, seed: int, option: str = "--calibration") -> str
 
 def choose_windows(
     text: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Callable[..., Any],
     samples: int,
     sequence_length: int,
     seed: int,
@@ -191,6 +170,9 @@ def _fetched(name: str, data_set: DataSet) -> Path:
 def _documents(path: Path, option: str) -> Iterator[str]:
     try:
         if path.suffix == ".parquet":
+            # Only here: planning without a text need not wait for it.
+            import pyarrow.parquet as parquet
+
             column = parquet.read_table(path, columns=["text"]).column("text")
             yield from (_text(value) for value in column.to_pylist())
         elif path.suffix in (".jsonl", ".json", ".gz"):

@@ -29,9 +29,9 @@ from rsq_stream.model.architecture import (
     read_architecture,
 )
 from rsq_stream.output_folder import bits_per_weight, plan_layouts
-from rsq_stream.slots import slot_shape
 from rsq_stream.storage.files import SIDE_FILES
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.storage.slot_shape import slot_shape
 from rsq_stream.supply import Needs, require_hub
 from rsq_stream.trial import worth_trying
 

@@ -20,9 +20,13 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.grids import make_grid
 from rsq_stream.ops.column_sums import column_sums
 from rsq_stream.ops.pool import Pool, single_threaded_products
-from rsq_stream.storage.activations import has_direct_io
 from rsq_stream.storage.atomic import sync_file
-from rsq_stream.storage.chunk_file import aligned_empty, read_chunk, write_chunk
+from rsq_stream.storage.chunk_file import (
+    aligned_empty,
+    has_direct_io,
+    read_chunk,
+    write_chunk,
+)
 
 _SIZE, _GPU_SIZE = 512, 4096
 """Order of the matrices that are timed."""

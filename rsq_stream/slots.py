@@ -19,8 +19,9 @@ from rsq_stream.execution import ExecutionPlan
 from rsq_stream.ops.side_stream import CopyStream, SideStream
 from rsq_stream.ops.transit import Inbound, Outbound, Transit
 from rsq_stream.storage import atomic
-from rsq_stream.storage.activations import Slot, has_direct_io
-from rsq_stream.storage.slot_shape import SlotShape
+from rsq_stream.storage.activations import Slot
+from rsq_stream.storage.chunk_file import has_direct_io
+from rsq_stream.storage.slot_shape import slot_shape
 
 CPU = torch.device("cpu")
 TURNS = ("even", "odd", "h")
@@ -154,14 +155,3 @@ def embed(
             slot.write(unit, x_BTD, durable=True)
     for slot in slots:
         slot.flush(durable=True)
-
-
-def slot_shape(plan: QuantizationPlan, width: int) -> SlotShape:
-    """Give the shape of a run's slots."""
-    return SlotShape(
-        sequences=plan.sequences,
-        tokens=plan.sequence_length,
-        width=width,
-        unit_sequences=plan.unit_sequences,
-        dtype=getattr(torch, plan.cache_type),
-    )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rsq_stream.errors import DamagedError, ScratchError
 from rsq_stream.storage import activations
-from rsq_stream.storage.activations import Slot, has_direct_io
+from rsq_stream.storage.activations import Slot
+from rsq_stream.storage.chunk_file import has_direct_io
 from rsq_stream.storage.slot_shape import SlotShape
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ import torch
 from rsq_stream.cli.presets import PRESETS
 from transformers import AutoModelForCausalLM
 
-from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read_text
+from rsq_stream.calibration import Windows, choose_windows, read_text
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from rsq_stream.execution import RunOptions
 from rsq_stream.pipeline import quantize
@@ -22,6 +22,7 @@ from rsq_stream.planner import inspect_checkpoint, plan_execution
 from rsq_stream.settings import Settings, make_plan
 from rsq_stream.storage.files import open_files
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.tokenizer import load_tokenizer
 from tests import textbook
 from tests.dense import textbook_rotations
 

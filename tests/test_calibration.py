@@ -16,10 +16,10 @@ from rsq_stream.calibration import (
     DATA_SETS,
     Windows,
     choose_windows,
-    load_tokenizer,
     read_text,
 )
 from rsq_stream.errors import CalibrationError, CheckpointError
+from rsq_stream.tokenizer import load_tokenizer
 from tests.toy import toy_tokenizer, toy_windows
 
 TEXT = "".join(chr(33 + place % 89) for place in range(1000))

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from rsq_stream import block_solver
 from rsq_stream.algorithm.factor import factorise
 from rsq_stream.algorithm.hessian import Hessian
-from rsq_stream.calibration import Windows, choose_windows, load_tokenizer, read_text
+from rsq_stream.calibration import Windows, choose_windows, read_text
 from rsq_stream.planner import inspect_checkpoint
+from rsq_stream.tokenizer import load_tokenizer
 from tests import textbook
 from tests.dense import textbook_rotations
 from tests.toy import (

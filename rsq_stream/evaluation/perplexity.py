@@ -27,7 +27,8 @@ from rsq_stream.model.block import Block
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.passes import Passes, require_finite
 from rsq_stream.row_chunks import chunk_rows
-from rsq_stream.storage.activations import Slot, has_direct_io
+from rsq_stream.storage.activations import Slot
+from rsq_stream.storage.chunk_file import has_direct_io
 from rsq_stream.storage.shards import Checkpoint
 from rsq_stream.storage.slot_shape import SlotShape
 

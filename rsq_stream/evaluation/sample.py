@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rsq_stream.activation_fields import ActivationScheme
-from rsq_stream.calibration import load_tokenizer
 from rsq_stream.evaluation.reader import ModelReader
 from rsq_stream.model.architecture import EMBEDDING
 from rsq_stream.model.block import Block
 from rsq_stream.ops.pool import single_threaded_products
 from rsq_stream.row_chunks import chunk_rows
 from rsq_stream.storage.shards import Checkpoint
+from rsq_stream.tokenizer import load_tokenizer
 
 
 def greedy_sample(

@@ -11,7 +11,6 @@ A missing chunk reads as zeros in Zarr: presence proves nothing. So each chunk's
 checksum is kept, and checked when the chunk is read.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -40,23 +39,6 @@ _STORED_AS = {
     torch.bfloat16: np.uint16,
     torch.float16: np.uint16,
 }
-
-
-def has_direct_io(folder: Path) -> bool:
-    """Whether the file system takes O_DIRECT; without it writes are buffered."""
-    flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        return False
-    probe = folder / ".direct-io-probe"
-    try:
-        descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY | flag, 0o600)
-    except OSError:
-        return False
-    else:
-        os.close(descriptor)
-        return True
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def damaged(path: Path) -> DamagedError:

@@ -15,6 +15,23 @@ ALIGNMENT = 4096
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 
+def has_direct_io(folder: Path) -> bool:
+    """Whether the file system takes O_DIRECT; without it writes are buffered."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        return False
+    probe = folder / ".direct-io-probe"
+    try:
+        descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY | flag, 0o600)
+    except OSError:
+        return False
+    else:
+        os.close(descriptor)
+        return True
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def aligned_empty(size_bytes: int) -> NDArray[np.uint8]:
     """Give a buffer that O_DIRECT can take; it holds whatever was there."""
     room = np.empty(size_bytes + ALIGNMENT, np.uint8)

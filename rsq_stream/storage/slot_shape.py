@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rsq_stream.config import QuantizationPlan
+
 
 @dataclass(frozen=True)
 class SlotShape:
@@ -35,3 +37,14 @@ class SlotShape:
         first = unit * self.unit_sequences
         count = min(self.unit_sequences, self.sequences - first)
         return count, self.tokens, self.width
+
+
+def slot_shape(plan: QuantizationPlan, width: int) -> SlotShape:
+    """Give the shape of a run's slots."""
+    return SlotShape(
+        sequences=plan.sequences,
+        tokens=plan.sequence_length,
+        width=width,
+        unit_sequences=plan.unit_sequences,
+        dtype=getattr(torch, plan.cache_type),
+    )
