@@ -76,7 +76,7 @@ def launch(
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one, where it is not: that takes as long as a launch."""
+    """Make a device current, if it is not: that takes as long as a launch."""
     if device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
