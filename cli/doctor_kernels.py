@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rsq_stream.errors import KernelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _ROUNDS = 20
@@ -35,6 +36,7 @@ def compiled(architecture: str) -> str:
     kernels = [
         Kernel("clip_search", "clip_search", ("CHUNKS=3",)),
         Kernel("column_sums", "column_sums"),
+        Kernel("column_sums_bf16", "column_sums", ("PAD=128",)),
         Kernel("descent", "descent", ("CHUNKS=4",)),
         Kernel("hadamard", "hadamard", ("LOG=7", "DENSE=1", "ROWS=16", "SIGNS=0")),
         Kernel("lattice", "lattice"),
@@ -100,7 +102,8 @@ def kernel_checks(device: str) -> list[KernelCheck]:
         _lattice(device, weight_RC, scale_R),
         _packing(device),
         _hadamard(device),
-        _column_sums(device),
+        _column_sums(device, torch.float32),
+        _column_sums(device, torch.bfloat16),
         _terms(device, weight_RC, scale_R),
     ]
 
@@ -215,12 +218,15 @@ def _hadamard(device: str) -> KernelCheck:
     return KernelCheck("kernel hadamard", run, require, moved)
 
 
-def _column_sums(device: str) -> KernelCheck:
+def _column_sums(device: str, kind: "torch.dtype") -> KernelCheck:
     import torch
 
     from rsq_stream.ops.column_sums import column_sums, column_sums_naive
 
-    query, key = torch.randn(1, 8, 300, 64), torch.randn(1, 2, 300, 64)
+    query, key = (
+        torch.randn(1, 8, 300, 64).to(kind),
+        torch.randn(1, 2, 300, 64).to(kind),
+    )
     scaling = 1 / math.sqrt(64)
     there: Any = (query.to(device), key.to(device), scaling)
 
@@ -231,10 +237,9 @@ def _column_sums(device: str) -> KernelCheck:
         naive_BT = column_sums_naive(query, key, scaling)
         _budget(column_sums(*there), naive_BT, exact_BT)
 
-    moved = 4 * (query.numel() + key.numel())
-    return KernelCheck(
-        "kernel column_sums", lambda: column_sums(*there), require, moved
-    )
+    moved = kind.itemsize * (query.numel() + key.numel())
+    name = "kernel column_sums" + ", bf16" * (kind == torch.bfloat16)
+    return KernelCheck(name, lambda: column_sums(*there), require, moved)
 
 
 def _terms(device: str, x_TC: "Tensor", weight_T: "Tensor") -> KernelCheck:

@@ -15,7 +15,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 struct Index { unsigned x, y, z; };
@@ -41,6 +41,8 @@ inline Index block, block_size, grid_size;
 inline Barrier whole_block;
 inline std::vector<Barrier> warps;
 inline std::vector<uint64_t> exchange;
+struct Fragments { unsigned a[4], b[2]; };
+inline std::vector<Fragments> fragments;
 inline long steps;  // barriers passed: no step in a whole round is a deadlock
 inline void (*body)();
 
@@ -77,11 +79,40 @@ template <class Value> Value from_lane(Value value, int lane)
     return value;
 }
 
+inline float bf16_half(unsigned pair, int half)
+{
+    const unsigned bits = (half ? pair >> 16 : pair & 0xffffu) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// mma.m16n8k16 of bf16, by the tables of the PTX ISA: row r, column k of A lies with lane
+// 4 (r % 8) + k % 8 / 2 in register r / 8 + 2 (k / 8); row k, column n of B with lane
+// 4 n + k % 8 / 2 in register k / 8; odd k in the upper half.
+inline void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    const int thread = running->thread.x, warp = thread / WARP, lane = thread % WARP;
+    fragments[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    wait(warps[warp], WARP);
+    const Fragments *of = &fragments[warp * WARP];
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const unsigned left = of[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+            const unsigned right = of[column * 4 + k % 8 / 2].b[k / 8];
+            d[i] = std::fma(bf16_half(left, k % 2), bf16_half(right, k % 2), d[i]);
+        }
+    }
+    wait(warps[warp], WARP);
+}
+
 inline void run_block(int threads)
 {
     fibers = std::vector<Fiber>(threads);
     warps.assign((threads + WARP - 1) / WARP, Barrier());
     exchange.assign(threads, 0);
+    fragments.assign(threads, Fragments());
     whole_block = Barrier();
     for (int at = 0; at < threads; ++at) {
         Fiber &fiber = fibers[at];
@@ -137,6 +168,7 @@ void launch(void (*kernel)(Values...), const unsigned *grid, unsigned threads, v
 #define blockDim (host::block_size)
 #define gridDim (host::grid_size)
 #define __syncthreads() host::wait(host::whole_block, int(host::block_size.x))
+#define HOST_MMA host::multiply
 #define __shfl_sync(mask, value, lane) host::from_lane(value, lane)
 #define __shfl_xor_sync(mask, value, apart) \
     host::from_lane(value, int(threadIdx.x % host::WARP) ^ (apart))

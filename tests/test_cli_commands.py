@@ -200,7 +200,7 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     kernels = [line for line in found["findings"] if "kernel" in line["name"]]
     assert kernels
     if not torch.cuda.is_available():
-        assert "8 sources compile for sm_90" in kernels[0]["found"]
+        assert "9 sources compile for sm_90" in kernels[0]["found"]
     code, out, _ = run("doctor", "--work-dir", tmp_path / "absent")
     assert code == 1
     assert "FAILED" in out

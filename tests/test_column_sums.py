@@ -14,6 +14,7 @@ TINY = 1e-6
 SCALING = 0.3
 
 each_device = pytest.mark.parametrize("device", DEVICES)
+each_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 each_window = pytest.mark.parametrize("window", [None, 1, 20, 63, 300])
 # 300 tokens are three tiles of the sums, and the last one is not full.
 each_size = pytest.mark.parametrize(
@@ -29,11 +30,17 @@ class Heads(NamedTuple):
     value_BGTK: Tensor
 
 
-def random_heads(tokens: int, heads: int, kv_heads: int, width: int) -> Heads:
+def random_heads(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+) -> Heads:
     generator = torch.Generator().manual_seed(tokens)
     counts = (heads, kv_heads, kv_heads)
     made = [torch.randn(2, n, tokens, width, generator=generator) for n in counts]
-    return Heads(*made)
+    return Heads(*(x.to(dtype) for x in made))
 
 
 def eager_map(heads: Heads, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -55,8 +62,9 @@ def worst(error: Tensor) -> float:
 @each_device
 @each_window
 @each_size
-def test_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window, device):
-    made = random_heads(tokens, heads, kv_heads, width)
+@each_type
+def test_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window, device, dtype):
+    made = random_heads(tokens, heads, kv_heads, width, dtype)
     exact_BT = eager_map(made, window, torch.float64).sum((1, 2))
     naive_BT = eager_map(made, window, torch.float32).sum((1, 2))
     query, key = made.query_BHTK.to(device), made.key_BGTK.to(device)
@@ -69,10 +77,11 @@ def test_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window, device)
 @each_device
 @each_window
 @each_size
+@each_type
 def test_sums_add_up_to_heads_times_tokens(
-    tokens, heads, kv_heads, width, window, device
+    tokens, heads, kv_heads, width, window, device, dtype
 ):
-    made = random_heads(tokens, heads, kv_heads, width)
+    made = random_heads(tokens, heads, kv_heads, width, dtype)
     # Scores in the hundreds: nearly all of the mass on one key, and none lost.
     for factor in (0.0, 1.0, 100.0):
         query, key = factor * made.query_BHTK.to(device), made.key_BGTK.to(device)
@@ -103,10 +112,10 @@ def test_sums_of_equal_keys_are_harmonic(tokens, device):
     torch.testing.assert_close(sums_T.double(), expected_T, rtol=1e-6, atol=0)
 
 
-@each_device
-def test_sums_of_low_precision_are_those_of_its_values(device):
+def test_sums_of_low_precision_are_those_of_its_values():
+    """On a GPU tensor cores have them: see the budget."""
     made = random_heads(137, 6, 2, 16)
-    query, key = (x.bfloat16().to(device) for x in made[:2])
+    query, key = (x.bfloat16() for x in made[:2])
     found_BT = column_sums(query, key, SCALING)
     expected_BT = column_sums(query.float(), key.float(), SCALING)
     assert torch.equal(found_BT, expected_BT)

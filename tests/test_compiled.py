@@ -15,6 +15,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SIZES: dict[str, list[tuple[str, ...]]] = {
     "clip_search": [("CHUNKS=3",), ("CHUNKS=3", "TABLE")],
     "column_sums": [()],
+    "column_sums_bf16": [("PAD=64",), ("PAD=128",), ("PAD=256",)],
     "descent": [("CHUNKS=4",), ("CHUNKS=4", "TABLE")],
     "hadamard": [
         ("LOG=7", "DENSE=1", "ROWS=16", "SIGNS=0"),

@@ -160,8 +160,9 @@ def test_clip_search_breaks_ties_as_its_twin():
     [(1, 1, 1, 1), (63, 6, 2, 26), (137, 2, 2, 16), (172, 3, 1, 63)],
 )
 @pytest.mark.parametrize("window", [None, 1, 20, 63, 300])
-def test_column_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window):
-    made = random_heads(tokens, heads, kv_heads, width)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window, dtype):
+    made = random_heads(tokens, heads, kv_heads, width, dtype)
     exact_BT = eager_map(made, window, torch.float64).sum((1, 2))
     naive_BT = eager_map(made, window, torch.float32).sum((1, 2))
     query, key = made.query_BHTK, made.key_BGTK
@@ -170,9 +171,20 @@ def test_column_sums_keep_to_the_budget(tokens, heads, kv_heads, width, window):
     assert worst(found_BT - exact_BT) <= budget
 
 
+@pytest.mark.parametrize("width", [20, 64, 128, 250])
+def test_column_sums_of_wide_heads_keep_to_the_budget(width):
+    made = random_heads(300, 2, 1, width, torch.bfloat16)
+    exact_BT = eager_map(made, None, torch.float64).sum((1, 2))
+    naive_BT = eager_map(made, None, torch.float32).sum((1, 2))
+    found_BT = column_sums.column_sums_kernel(made.query_BHTK, made.key_BGTK, SCALING)
+    budget = 2 * worst(naive_BT - exact_BT) + 1e-6 * worst(exact_BT)
+    assert worst(found_BT - exact_BT) <= budget
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [0.0, 100.0])
-def test_no_mass_is_lost(factor):
-    made = random_heads(137, 2, 1, 26)
+def test_no_mass_is_lost(factor, dtype):
+    made = random_heads(137, 2, 1, 26, dtype)
     query, key = factor * made.query_BHTK, factor * made.key_BGTK
     total_B = column_sums.column_sums_kernel(query, key, SCALING).double().sum(1)
     expected_B = torch.full_like(total_B, 2 * 137)

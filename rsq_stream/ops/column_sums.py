@@ -15,6 +15,12 @@ from rsq_stream.ops.library import Kernel
 _TILE = 64
 """Queries or keys of the kernel's tiles."""
 _THREADS = 256
+_TENSOR_TILE = 128
+"""Queries or keys that a block of the bf16 kernel holds."""
+_WIDEST = 256
+"""Head width up to which it holds them in registers."""
+_PRODUCT = 16
+"""Its head widths are filled up to multiples of this."""
 _QUERIES = 128
 """Queries per tile; fixed, since it decides the order of the sums."""
 
@@ -41,22 +47,39 @@ def column_sums_kernel(
     scaling: float,
     window: int | None = None,
 ) -> Float[Tensor, "B T"]:
-    """Do the same with ``kernels/column_sums.cu``; heads are added up in order."""
+    """Do the same with ``kernels/column_sums.cu``; heads are added up in order.
+
+    Of bf16 with tensor cores, by ``kernels/column_sums_bf16.cu``.
+    """
     sequences, heads, tokens, width = query_BHTK.shape
-    query, key = query_BHTK.float().contiguous(), key_BGTK.float().contiguous()
+    kinds = {query_BHTK.dtype, key_BGTK.dtype}
+    if kinds == {torch.bfloat16} and width <= _WIDEST:
+        query, key = _aligned(query_BHTK), _aligned(key_BGTK)
+        defines = (f"PAD={-(-width // _PRODUCT) * _PRODUCT}",)
+        source, tile = "column_sums_bf16", _TENSOR_TILE
+    else:
+        query, key = query_BHTK.float().contiguous(), key_BGTK.float().contiguous()
+        source, tile, defines = "column_sums", _TILE, ()
     shape = (sequences, heads, tokens)
+    # Of each query what its scores' largest is, and what their exponentials add up to.
     largest, total, sums_BHT = (
         output(shape, torch.float32, query.device) for _ in range(3)
     )
-    grid = (-(-tokens // _TILE), heads, sequences)
+    grid = (-(-tokens // tile), heads, sequences)
     sizes = (heads, key.shape[1], tokens, width, float(scaling), window or 0)
     for function, made in (
         ("row_bounds", (largest, total)),
         ("column_sums", (largest, total, sums_BHT)),
     ):
-        kernel = Kernel("column_sums", function)
+        kernel = Kernel(source, function, defines)
         launch(kernel, grid, _THREADS, (query, key, *made, *sizes))
     return sums_BHT.sum(dim=1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Give a dense tensor that begins at a multiple of 16 bytes, copied if need be."""
+    dense = x.contiguous()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
 def column_sums_naive(
