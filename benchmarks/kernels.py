@@ -96,10 +96,12 @@ def moving(sizes: Sizes, device: torch.device) -> None:
 def attention(sizes: Sizes, device: torch.device) -> None:
     """Time the column sums against one product of all queries and keys."""
     shape = (1, sizes.heads, min(sizes.tokens, 2048), 128)
-    query, key = torch.randn(shape, device=device), torch.randn(shape, device=device)
-    floor_s = seconds(lambda: query @ key.mT, device)
-    spent_s = seconds(lambda: column_sums(query, key, 128**-0.5), device)
-    row("column_sums", spent_s, "one q k^T, fp32", floor_s)
+    for kind in (torch.float32, torch.bfloat16):
+        query, key = (torch.randn(shape, device=device).to(kind) for _ in range(2))
+        floor_s = seconds(lambda q=query, k=key: q @ k.mT, device)
+        spent_s = seconds(lambda q=query, k=key: column_sums(q, k, 128**-0.5), device)
+        name = str(kind).removeprefix("torch.")
+        row(f"column_sums, {name}", spent_s, "one q k^T", floor_s)
 
 
 def products(sizes: Sizes, device: torch.device) -> None:

@@ -223,10 +223,7 @@ def _column_sums(device: str, kind: "torch.dtype") -> KernelCheck:
 
     from rsq_stream.ops.column_sums import column_sums, column_sums_naive
 
-    query, key = (
-        torch.randn(1, 8, 300, 64).to(kind),
-        torch.randn(1, 2, 300, 64).to(kind),
-    )
+    query, key = (torch.randn(1, heads, 300, 64).to(kind) for heads in (8, 2))
     scaling = 1 / math.sqrt(64)
     there: Any = (query.to(device), key.to(device), scaling)
 

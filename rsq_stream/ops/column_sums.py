@@ -55,7 +55,7 @@ def column_sums_kernel(
     kinds = {query_BHTK.dtype, key_BGTK.dtype}
     if kinds == {torch.bfloat16} and width <= _WIDEST:
         query, key = _aligned(query_BHTK), _aligned(key_BGTK)
-        defines = (f"PAD={-(-width // _PRODUCT) * _PRODUCT}",)
+        defines: tuple[str, ...] = (f"PAD={-(-width // _PRODUCT) * _PRODUCT}",)
         source, tile = "column_sums_bf16", _TENSOR_TILE
     else:
         query, key = query_BHTK.float().contiguous(), key_BGTK.float().contiguous()
