@@ -60,6 +60,8 @@ class BlockSetup:
     work_dir: Path
     streams_weights: bool
     """Weights of linears lie in host memory, and are fetched for each use."""
+    keeps_weights: bool
+    """The solver's stay on the device."""
     codes: WriteBehind
     """What the solver's codes go through on their way to the output."""
 
@@ -108,7 +110,9 @@ class BlockSetup:
         """
         schemes, grids = schemes_and_grids(index, self.plan, self.source, tensors)
         compute = getattr(torch, self.plan.compute_type)
-        weights, cast = placed(tensors, compute, streams=self.streams_weights)
+        weights, cast = placed(
+            tensors, compute, streams=self.streams_weights, keeps=self.keeps_weights
+        )
         # Both hold the source's weights, until those of the first are replaced; and
         # only the first sees activations as the served model does.
         quantizers = ActivationQuantizer(self.plan), AS_COMPUTED
@@ -155,20 +159,24 @@ class BlockSetup:
 
 
 def placed(
-    tensors: dict[str, Tensor], compute: torch.dtype, *, streams: bool
+    tensors: dict[str, Tensor],
+    compute: torch.dtype,
+    *,
+    streams: bool,
+    keeps: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Give the linears' weights for the solver, and all tensors for the passes.
 
     The first in fp32 in host memory: of them the solver wants one at a time. Each
-    tensor is dropped on the way, so that the device never has all of both. With
-    ``streams`` the passes' linears lie in host memory too.
+    tensor is dropped on the way, so that the device never has all of both, unless it
+    ``keeps`` them. With ``streams`` the passes' linears lie in host memory too.
     """
     weights, cast = {}, {}
     for name in list(tensors):
         tensor, linear = tensors.pop(name), name.removesuffix(".weight")
         cast[name] = tensor.to(compute)
         if linear in LINEARS:
-            weights[linear] = tensor.to("cpu")
+            weights[linear] = tensor if keeps else tensor.to("cpu")
             if streams:
                 cast[name] = cast[name].to("cpu")
     return weights, cast
@@ -217,6 +225,7 @@ def set_up(
         passes,
         work_dir,
         execution.streams_weights,
+        execution.keeps_weights,
         WriteBehind(output, copy_stream(device)),
     )
 

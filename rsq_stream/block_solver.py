@@ -41,7 +41,7 @@ class BlockSolver:
     streams: list[Stream]
     """The quantized stream; with error propagation the full-precision one too."""
     weights: dict[str, Tensor]
-    """fp32 weights by linear, in host memory; each is dropped when it is solved."""
+    """fp32 weights by linear, mostly in host memory; each is dropped when solved."""
     schemes: dict[str, Scheme]
     """How each linear is quantized; those that are kept are absent."""
     grids: dict[str, Grid]

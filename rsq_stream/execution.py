@@ -55,6 +55,8 @@ class ExecutionPlan:
     """Host memory that this process had taken when it planned."""
     streams_weights: bool
     """A block's linears lie in host memory, and the GPU fetches them for each use."""
+    keeps_weights: bool
+    """The solver's weights stay on the GPU, not in host memory."""
     reads_ahead: bool
     """The next block is read into host memory while this one computes."""
     device_bytes: int

@@ -77,6 +77,15 @@ def fitted(memory: MemoryPlan, room: Room) -> MemoryPlan:
     raise BudgetError(refusal)
 
 
+def keeping_weights(memory: MemoryPlan, room: Room) -> MemoryPlan:
+    """Have the solver's weights stay on the GPU, where it has room for them.
+
+    To host memory and back they take as long as some passes.
+    """
+    tried = replace(memory, keeps_weights=True)
+    return memory if _device_shortage(tried, room) else tried
+
+
 def reading_ahead(memory: MemoryPlan, room: Room) -> MemoryPlan:
     """Have the next block read while one computes, where the host has room for it.
 

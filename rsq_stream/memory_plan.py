@@ -49,6 +49,8 @@ class MemoryPlan:
     on_gpu: bool
     streams_weights: bool = False
     """On a GPU, a block's linears lie in host memory, and are fetched for each use."""
+    keeps_weights: bool = False
+    """On a GPU, the solver's fp32 weights stay there, not in host memory."""
     reads_ahead: bool = False
     """On a GPU, the next block is read into host memory while this one computes."""
 
@@ -191,7 +193,8 @@ class MemoryPlan:
         if self.streams_weights:
             return size * max(self._entries(name) for name in LINEARS) * used
         twice = solved if self.plan.streams > 1 else []
-        return size * (self._block_entries + sum(map(self._entries, twice)))
+        kept = self._unsolved(solved) if self.keeps_weights else 0
+        return size * (self._block_entries + sum(map(self._entries, twice))) + kept
 
     def _solver_weights(self, solved: list[str]) -> int:
         """Count what the host keeps of a block: weights to solve; streamed ones.
@@ -200,13 +203,17 @@ class MemoryPlan:
         """
         if not self.on_gpu:
             return 0
-        left = [name for name in LINEARS if name not in solved]
-        host = FP32 * sum(map(self._entries, left))
+        host = 0 if self.keeps_weights else self._unsolved(solved)
         if self.streams_weights:
             twice = solved if self.plan.streams > 1 else []
             entries = sum(map(self._entries, (*LINEARS, *twice)))
             host += self._compute_size * entries
         return host
+
+    def _unsolved(self, solved: list[str]) -> int:
+        """Count the solver's weights of the linears that are left."""
+        left = [name for name in LINEARS if name not in solved]
+        return FP32 * sum(map(self._entries, left))
 
     @property
     def _windows(self) -> int:

@@ -17,6 +17,7 @@ from rsq_stream.memory_fit import (
     DEVICE_OVERHEAD_BYTES,
     HOST_OVERHEAD_BYTES,
     fitted,
+    keeping_weights,
     reading_ahead,
     room_for,
 )
@@ -112,6 +113,8 @@ def plan_execution(
         ),
         room,
     )
+    if options.on_gpu and not measures and not memory.streams_weights:
+        memory = keeping_weights(memory, room)
     if options.on_gpu and not options.evict_source:
         # Elsewhere the compute would share its cores; and evicting, shards come in the
         # order that blocks ask for them.
@@ -160,6 +163,7 @@ def plan_execution(
         and worth_trying(architecture, plan),
         used_bytes=room.used_bytes,
         streams_weights=memory.streams_weights,
+        keeps_weights=memory.keeps_weights,
         reads_ahead=memory.reads_ahead,
         device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
         stages=stages,

@@ -164,6 +164,30 @@ def test_more_in_flight_takes_more(models: dict[str, Path]) -> None:
             assert other.host_bytes >= kept.host_bytes
 
 
+def test_weights_stay_where_there_is_room(models: dict[str, Path]) -> None:
+    """70B's peak comes with down, of which alone its weights are left then."""
+    usual = memory_of(models["70B"])
+    kept = dataclasses.replace(usual, keeps_weights=True)
+    block, left = 0, 4 * 8192 * 28672
+    for before, after in zip(usual.stages(), kept.stages(), strict=True):
+        more = after.device_bytes - before.device_bytes
+        assert before.host_bytes - after.host_bytes == more
+        block = max(block, more)
+        if before.name == "mlp out: factorise":
+            assert more == left
+    assert block == 4 * (2 * 8192 * 8192 + 2 * 1024 * 8192) + 3 * left
+    need = max(made.device_bytes for made in kept.stages())
+    for spare, expected in ((0, True), (-1, False)):
+        room = memory_fit.Room(
+            host_bytes=0,
+            host_stated=False,
+            device_bytes=need + memory_fit.DEVICE_OVERHEAD_BYTES + spare,
+            device_stated=True,
+            used_bytes=0,
+        )
+        assert memory_fit.keeping_weights(usual, room).keeps_weights == expected
+
+
 def test_units_in_flight_give_way_before_weights_do(models: dict[str, Path]) -> None:
     usual = memory_of(models["70B"], in_flight=4)
     room = memory_fit.Room(

@@ -352,7 +352,7 @@ def test_a_gpu_orders_copies_and_compute(in_flight: int) -> None:
 def test_a_run_on_a_gpu_has_the_bytes_of_the_plain_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Activations, codes and the next block beside the compute, and one by one."""
+    """All that goes beside the compute, the solver's weights there; or neither."""
     toy = toy_checkpoint(tmp_path / "toy", blocks=2, dtype=torch.bfloat16)
     for name, aside in (("plain", False), ("beside", True)):
         monkeypatch.setattr(slots, "copies_aside", lambda _, aside=aside: aside)
@@ -361,7 +361,12 @@ def test_a_run_on_a_gpu_has_the_bytes_of_the_plain_way(
             tmp_path / name,
             plan={"compute_type": "bfloat16"},
             options={"device": "cuda"},
-            execution={"in_flight": 2, "resident_units": 1, "reads_ahead": aside},
+            execution={
+                "in_flight": 2,
+                "resident_units": 1,
+                "reads_ahead": aside,
+                "keeps_weights": aside,
+            },
             **RUN,
         )
     made = [contents(tmp_path / name, "*.safetensors") for name in ("plain", "beside")]
