@@ -74,13 +74,15 @@ def row(name: str, spent_s: float, floor: str, floor_s: float) -> None:
 def moving(sizes: Sizes, device: torch.device) -> None:
     """Time what is bound by memory: Hadamard products, packing, the lattice."""
     x_LN = torch.randn(sizes.rows, sizes.inputs, device=device)
-    for dtype in (torch.float32, torch.bfloat16):
-        given = x_LN.to(dtype)
-        spent_s = seconds(
-            lambda given=given: hadamard_product(given, sizes.inputs), device
-        )
-        floor_s = copied(2 * given.numel() * given.element_size(), device)
-        row(f"hadamard, {str(dtype).removeprefix('torch.')}", spent_s, "copy", floor_s)
+    for width in (sizes.inputs, sizes.rows):  # with a dense factor, and without
+        for dtype in (torch.float32, torch.bfloat16):
+            given = x_LN[:, :width].to(dtype).contiguous()
+            spent_s = seconds(
+                lambda given=given: hadamard_product(given, given.shape[1]), device
+            )
+            floor_s = copied(2 * given.numel() * given.element_size(), device)
+            kind = str(dtype).removeprefix("torch.")
+            row(f"hadamard, {width} wide, {kind}", spent_s, "copy", floor_s)
     code_OI = torch.randint(8, x_LN.shape, device=device).to(torch.uint8)
     word_OW = pack(code_OI, 3)
     moved = code_OI.numel() + 4 * word_OW.numel()

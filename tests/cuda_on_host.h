@@ -169,6 +169,8 @@ void launch(void (*kernel)(Values...), const unsigned *grid, unsigned threads, v
 #define gridDim (host::grid_size)
 #define __syncthreads() host::wait(host::whole_block, int(host::block_size.x))
 #define HOST_MMA host::multiply
+#define __syncwarp() \
+    host::wait(host::warps[threadIdx.x / host::WARP], host::WARP)
 #define __shfl_sync(mask, value, lane) host::from_lane(value, lane)
 #define __shfl_xor_sync(mask, value, apart) \
     host::from_lane(value, int(threadIdx.x % host::WARP) ^ (apart))

@@ -19,6 +19,7 @@ SIZES: dict[str, list[tuple[str, ...]]] = {
     "descent": [("CHUNKS=4",), ("CHUNKS=4", "TABLE")],
     "hadamard": [
         ("LOG=7", "DENSE=1", "ROWS=16", "SIGNS=0"),
+        ("LOG=13", "DENSE=1", "ROWS=1", "SIGNS=0"),
         ("LOG=10", "DENSE=28", "ROWS=1", f"SIGNS={','.join(['5ull'] * 28)}", "BF16"),
     ],
     "pack": [("BITS=3",)],

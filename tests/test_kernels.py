@@ -9,6 +9,7 @@ from rsq_stream.cli import doctor_kernels
 
 from rsq_stream.algorithm.hadamard import (
     factors_of,
+    hadamard_product,
     kronecker_factors,
     paley,
     sylvester,
@@ -252,6 +253,27 @@ def test_hadamard_keeps_to_the_budget(rows, order, runs, dtype):
     naive = (naive_LN.reshape(x_LN.shape).double() - exact_LN).square().mean().sqrt()
     found = (found_LN.double() - exact_LN).square().mean().sqrt()
     assert float(found) <= 2 * float(naive) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "order"), [(43, 192), (17, 512), (3, 4096), (2, 14336), (1, 49152)]
+)
+def test_hadamard_of_many_chunks_keeps_to_the_budget(rows, order, dtype):
+    """Short last chunks, columns of several parts, more warps, odd addresses."""
+    generator = torch.Generator().manual_seed(order)
+    whole = torch.randn(rows * order + 3, generator=generator).to(dtype)
+    split = factors_of(order)
+    assert split is not None
+    small = sylvester(1) if split[0] == 1 else paley(split[0])
+    assert small is not None
+    for x_LN in (whole[:-3].view(rows, order), whole[3:].view(rows, order)):
+        exact_LN = hadamard_product(x_LN.double(), order)
+        naive_LN = hadamard_product(x_LN.float(), order).to(dtype)
+        found_LN = hadamard.hadamard_kernel(x_LN, small, split[1])
+        naive = (naive_LN.double() - exact_LN).square().mean().sqrt()
+        found = (found_LN.double() - exact_LN).square().mean().sqrt()
+        assert float(found) <= 2 * float(naive) + 1e-7
 
 
 def test_bf16_is_rounded_to_the_nearest_even():

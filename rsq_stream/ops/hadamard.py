@@ -10,16 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.ops.launch import launch, output, shared_limit
+from rsq_stream.ops.launch import WARP, launch, output, shared_limit
 from rsq_stream.ops.library import Kernel
 
 _TYPES = (torch.float32, torch.bfloat16)
 _WIDEST_DENSE = 64
 """The signs of a row of the dense factor are one mask of 64 bits."""
 _LONGEST_POWER = 1 << 16
-_BLOCK_ENTRIES = 2048
-"""Short runs go several to a block."""
-_THREADS = 256
+_CHUNK = 1024
+"""Entries that a warp transforms by itself."""
+_WARPS = 8
+_SHARING_CHUNKS = 28
+"""A block of more has an SM to itself, and takes twice the warps."""
+_VECTOR_BYTES = 16
 
 
 def fits(x_LN: Tensor, dense: int, power: int) -> bool:
@@ -29,7 +32,7 @@ def fits(x_LN: Tensor, dense: int, power: int) -> bool:
         and x_LN.dtype in _TYPES
         and dense <= _WIDEST_DENSE
         and power <= _LONGEST_POWER
-        and _shared_bytes(1, dense * power) <= shared_limit(x_LN.device)
+        and _shared_bytes(_chunks(dense * power)) <= shared_limit(x_LN.device)
     )
 
 
@@ -44,7 +47,7 @@ def hadamard_kernel(
     dense = dense_DD.shape[0]
     width = dense * power
     rows = x_LN.numel() // width
-    per_block = max(1, _BLOCK_ENTRIES // width)
+    per_block = max(1, _WARPS * _CHUNK // width)  # of short runs, several
     made_LN = output(x_LN.shape, x_LN.dtype, x_LN.device)
     defines = [
         f"LOG={power.bit_length() - 1}",
@@ -54,18 +57,27 @@ def hadamard_kernel(
     ]
     if x_LN.dtype == torch.bfloat16:
         defines.append("BF16")
-    kernel = Kernel(
-        "hadamard", "hadamard", tuple(defines), _shared_bytes(per_block, width)
-    )
+    chunks = _chunks(per_block * width)
+    kernel = Kernel("hadamard", "hadamard", tuple(defines), _shared_bytes(chunks))
     grid = (-(-rows // per_block), 1, 1)
-    arguments = (x_LN.contiguous(), made_LN, rows, 1.0 / math.sqrt(width))
-    launch(kernel, grid, _THREADS, arguments)
+    arguments = (_aligned(x_LN), made_LN, rows, 1.0 / math.sqrt(width))
+    warps = min(chunks, _WARPS) if chunks <= _SHARING_CHUNKS else 2 * _WARPS
+    launch(kernel, grid, WARP * warps, arguments)
     return made_LN
 
 
-def _shared_bytes(rows: int, width: int) -> int:
-    entries = rows * width
-    return 4 * (entries + entries // 32 + 1)
+def _aligned(x_LN: Tensor) -> Tensor:
+    """Give the tensor dense, and where the kernel's vectors can begin."""
+    x_LN = x_LN.contiguous()
+    return x_LN.clone() if x_LN.data_ptr() % _VECTOR_BYTES else x_LN
+
+
+def _chunks(entries: int) -> int:
+    return -(-entries // _CHUNK)
+
+
+def _shared_bytes(chunks: int) -> int:
+    return 4 * _CHUNK * chunks
 
 
 def _masks(dense_DD: Tensor) -> list[str]:
