@@ -80,7 +80,11 @@ class Slot:
         """Written out and free again: fresh memory would cost more than the copy."""
         self._writing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "rsq-read")
-        self._writer = ThreadPoolExecutor(1, "rsq-write")
+        # What a GPU gives is waited for, copied, summed and written by the unit: one
+        # thread does less than a gigabyte a second of that.
+        writers = 1 if transit is None else depth + 1
+        self._writer = ThreadPoolExecutor(writers, "rsq-write")
+        self._opening = threading.Lock()
 
     def write(self, unit: int, x_BTD: Tensor, *, durable: bool) -> None:
         """Keep a unit's activations; they are on disk after the next ``flush``.
@@ -105,7 +109,7 @@ class Slot:
             self._behind(self._store_staged, unit, content)
 
     def _behind(self, work: Callable[..., None], *given: object) -> None:
-        """Have the writer's thread do it; as many as the depth wait for their turn."""
+        """Have a writer's thread do it; as many as the depth wait for their turn."""
         with self._writing:
             # Handed over before an earlier one's error: what it holds is given back.
             self._writes.append(self._writer.submit(work, *given))
@@ -215,8 +219,12 @@ class Slot:
         DamagedError
             Its metadata is not what was written.
         """
-        if self._made:
-            return
+        with self._opening:
+            if not self._made:
+                self._open_array()
+                self._made = True
+
+    def _open_array(self) -> None:
         shape = self.shape
         # Whole chunks: the last one is as long as the others.
         whole = shape.units * shape.unit_sequences, shape.tokens, shape.width
@@ -241,7 +249,6 @@ class Slot:
                 raise damaged(self.folder) from error
             if found != layout:
                 raise damaged(self.folder)
-        self._made = True
 
     def _store_staged(self, unit: int, content: NDArray[np.uint8]) -> None:
         self._store(unit, content)
