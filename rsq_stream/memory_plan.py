@@ -142,7 +142,9 @@ class MemoryPlan:
     def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
         """Count the factor, and what the linear takes: ``solver_memory.py``."""
         shape = self.architecture.linear_shape(linear)
-        taken = solving_bytes(self.plan, *shape, self._compute_size, self.workers)
+        taken = solving_bytes(
+            self.plan, *shape, self._compute_size, self.workers, kept=self.keeps_weights
+        )
         device = self._weights(solved, used=False) + self._statistics(stage) + taken
         device += self._aside(shape[1])
         host = self._solver_weights(solved)
