@@ -276,6 +276,14 @@ def test_hadamard_of_many_chunks_keeps_to_the_budget(rows, order, dtype):
         assert float(found) <= 2 * float(naive) + 1e-7
 
 
+def test_factors_of_one_order_have_a_kernel_each():
+    x_LN = torch.randn(3, 24, generator=torch.Generator().manual_seed(24))
+    small = paley(12)
+    assert small is not None
+    found_LN = hadamard.hadamard_kernel(x_LN, small, 2)
+    assert torch.equal(hadamard.hadamard_kernel(x_LN, -small, 2), -found_LN)
+
+
 def test_bf16_is_rounded_to_the_nearest_even():
     x_LN = torch.tensor([[1.0, 2**-8], [1.0, 3 * 2**-8], [-3.0, 2**-9]]).bfloat16()
     found_LN = hadamard.hadamard_kernel(x_LN, sylvester(1), 2)

@@ -5,6 +5,7 @@ How the matrix is built, and the twin that runs everywhere, are in
 """
 
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -41,35 +42,49 @@ def hadamard_kernel(
 ) -> Float[Tensor, "L N"]:
     """Compute ``x (I kron M kron S) / sqrt(D power)`` with ``kernels/hadamard.cu``.
 
-    ``dense_DD`` is the int8 factor M, +-1; S is Sylvester's of order ``power``.
-    bf16 is computed in fp32 and rounded once.
+    ``dense_DD`` is the int8 factor M, +-1, on the CPU; S is Sylvester's of order
+    ``power``. bf16 is computed in fp32 and rounded once.
     """
     dense = dense_DD.shape[0]
     width = dense * power
     rows = x_LN.numel() // width
-    per_block = max(1, _WARPS * _CHUNK // width)  # of short runs, several
+    per_block = _rows_per_block(width)
     made_LN = output(x_LN.shape, x_LN.dtype, x_LN.device)
+    kernel = _kernel_of(dense_DD.numpy().tobytes(), dense, power, x_LN.dtype)
+    grid = (-(-rows // per_block), 1, 1)
+    arguments = (_aligned(x_LN), made_LN, rows, 1.0 / math.sqrt(width))
+    launch(kernel, grid, WARP * _warps(_chunks(per_block * width)), arguments)
+    return made_LN
+
+
+@cache
+def _kernel_of(entries: bytes, dense: int, power: int, dtype: torch.dtype) -> Kernel:
+    """Name the kernel, once for each factor: its signs take as long as a product."""
+    per_block = _rows_per_block(dense * power)
     defines = [
         f"LOG={power.bit_length() - 1}",
         f"DENSE={dense}",
         f"ROWS={per_block}",
-        f"SIGNS={','.join(_masks(dense_DD))}",
+        f"SIGNS={','.join(_masks(entries, dense))}",
     ]
-    if x_LN.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         defines.append("BF16")
-    chunks = _chunks(per_block * width)
-    kernel = Kernel("hadamard", "hadamard", tuple(defines), _shared_bytes(chunks))
-    grid = (-(-rows // per_block), 1, 1)
-    arguments = (_aligned(x_LN), made_LN, rows, 1.0 / math.sqrt(width))
-    warps = min(chunks, _WARPS) if chunks <= _SHARING_CHUNKS else 2 * _WARPS
-    launch(kernel, grid, WARP * warps, arguments)
-    return made_LN
+    shared_bytes = _shared_bytes(_chunks(per_block * dense * power))
+    return Kernel("hadamard", "hadamard", tuple(defines), shared_bytes)
 
 
 def _aligned(x_LN: Tensor) -> Tensor:
     """Give the tensor dense, and where the kernel's vectors can begin."""
     x_LN = x_LN.contiguous()
     return x_LN.clone() if x_LN.data_ptr() % _VECTOR_BYTES else x_LN
+
+
+def _rows_per_block(width: int) -> int:
+    return max(1, _WARPS * _CHUNK // width)  # of short runs, several
+
+
+def _warps(chunks: int) -> int:
+    return min(chunks, _WARPS) if chunks <= _SHARING_CHUNKS else 2 * _WARPS
 
 
 def _chunks(entries: int) -> int:
@@ -80,8 +95,8 @@ def _shared_bytes(chunks: int) -> int:
     return 4 * _CHUNK * chunks
 
 
-def _masks(dense_DD: Tensor) -> list[str]:
-    """Give each row's signs as a mask: bit d' is set where the entry is -1."""
-    negative = (dense_DD < 0).tolist()
-    masks = [sum(int(sign) << at for at, sign in enumerate(row)) for row in negative]
+def _masks(entries: bytes, dense: int) -> list[str]:
+    """Give each row's signs as a mask: bit d' is set where the int8 entry is -1."""
+    rows = [entries[at : at + dense] for at in range(0, len(entries), dense)]
+    masks = [sum((entry > 127) << at for at, entry in enumerate(row)) for row in rows]
     return [f"0x{mask:x}ull" for mask in masks]

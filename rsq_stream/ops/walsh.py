@@ -7,6 +7,7 @@ without it the dense Kronecker products of ``algorithm/hadamard.py`` do the same
 import importlib
 import importlib.metadata
 import math
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -19,8 +20,12 @@ _LARGEST = 1 << 15
 """Longest row that the package's kernel takes."""
 
 
+@cache
 def package() -> ModuleType | None:
-    """Give the package, None where it does not import."""
+    """Give the package, None where it does not import.
+
+    Looking for an absent one takes as long as a small product, so it is done once.
+    """
     try:
         return importlib.import_module(_PACKAGE.replace("-", "_"))
     except ImportError:
