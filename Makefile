@@ -25,8 +25,9 @@ help: ## list the recipes
 demo: $(READY) ## quantize the bundled model, show before and after
 	$(VENV_BIN)/rsq-stream demo $(ARGS)
 
+# A worker that dies ends the suite: one that is replaced hangs it (pytest-xdist 3.8, loadfile).
 test: $(READY) ## the suite without a GPU, shapes checked (ARGS="-k solver", WORKERS=0)
-	$(VENV_BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --jaxtyping-packages=rsq_stream,beartype.beartype -m "not gpu" $(ARGS)
+	$(VENV_BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --jaxtyping-packages=rsq_stream,beartype.beartype -m "not gpu" $(ARGS)
 
 check: $(READY) ## format, lint, types, direction of imports, contents of the wheel
 	$(VENV_BIN)/ruff format --check .

@@ -120,7 +120,8 @@ __device__ inline void score_tile(Scores &score, const Still &still,
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) score[part][i] *= scaling;
+        for (int i = 0; i < 4; ++i)  // rounded: fused into a difference, it were another score
+            score[part][i] = __fmul_rn(score[part][i], scaling);
 }
 
 __device__ inline bool sees(long long query, long long key, long long tokens, long long window)

@@ -14,7 +14,6 @@ from tests.faults import Chooser, Ledger, Recording, replayed
 
 
 def test_killed_at_every_step(crash: Crash) -> None:
-    crash.recording.folders[0]
     for moment in crash.recording.moments:
         events = crash.resumed(moment.image)
         assert made_again(events) == [], moment
