@@ -4,8 +4,8 @@
 
 - narrow: a block of width 256, MLP 768, with 16 M and 32 M tokens, within 2 GiB. Three
   slots of 8.6 and 17 GB go to the disk of TMPDIR.
-- 8B: a block of that shape with 16 k and 32 k tokens, within 4.5 GiB. With more, units
-  take what is left over, and the longer run has more of them.
+- 8B: a block of that shape with 16 k and 32 k tokens, within 3.5 GiB. With more, what
+  else may stay in memory takes what is left over, and the longer run has more of it.
 - blocks: 8 and 32 blocks of 4 M parameters, within 1 GiB.
 
 ``--scale`` makes calibration sets shorter. Each run is one of ``benchmarks/shapes.py``,
@@ -36,7 +36,7 @@ class Case:
 
 CASES = {
     "narrow": Case("narrow", "gptq", "2GiB", (1, 1), (1 << 24, 1 << 25)),
-    "8B": Case("8B", "gptq", "4.5GiB", (1, 1), (1 << 14, 1 << 15)),
+    "8B": Case("8B", "gptq", "3.5GiB", (1, 1), (1 << 14, 1 << 15)),
     "blocks": Case("4M", "rsq", "1GiB", (8, 32), (1 << 13, 1 << 13)),
 }
 

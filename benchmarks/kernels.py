@@ -7,7 +7,6 @@ ends the program. On a CPU the same rows time the compiled twins, one thread eac
 """
 
 import argparse
-import math
 import platform
 import sys
 import time
@@ -28,6 +27,9 @@ from rsq_stream.ops.lattice import round_lattice
 from rsq_stream.ops.pool import Pool
 
 ROUNDS = 5
+MOST_CALLS = 20
+LONG_ENOUGH_S = 0.05
+"""Calls in a row take about this much on a GPU, or are one."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,31 @@ QUICK = Sizes(rows=512, inputs=1792, tokens=512, heads=4)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Give the least of some rounds, the device's work included."""
-    least = math.inf
-    for _ in range(ROUNDS + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+    """Give the least of some rounds; on a GPU a call's share of many in a row.
+
+    One call alone would be timed with its launch, which takes as long as some kernels.
+    """
+    if device.type != "cuda":
+        return min(_on_host(run) for _ in range(ROUNDS + 1))
+    _on_gpu(run, 1)  # the first compiles
+    calls = max(1, min(MOST_CALLS, int(LONG_ENOUGH_S / _on_gpu(run, 1))))
+    return min(_on_gpu(run, calls) for _ in range(ROUNDS))
+
+
+def _on_host(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _on_gpu(run: Callable[[], object], calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - began)
-    return least
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
 
 
 def copied(moved_bytes: int, device: torch.device) -> float:

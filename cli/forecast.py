@@ -96,16 +96,32 @@ def kept_bytes(made: Prepared, stage: str) -> int:
     slots = execution.slots // 3 * filled
     # Rounded up: the last unit may be smaller than the others.
     resident = slots * execution.slot_bytes * execution.resident_units // units
-    return resident + execution.mlp_bytes * stage.startswith(_HOLDS_MLP)
+    return resident + _kept_mlp_bytes(made, stage)
 
 
-def host_peak(made: Prepared) -> int:
-    """Give the host memory of the tightest stage, beside what is taken already."""
+def _kept_mlp_bytes(made: Prepared, stage: str) -> int:
+    execution, plan = made.execution, made.plan
+    if not execution.mlp_units or not stage.startswith(_HOLDS_MLP):
+        return 0
+    kept = execution.mlp_units
+    if stage == "mlp out: pass" and plan.streams == 1:
+        # Tightest is when the last units are on their way, and theirs is yet to come.
+        kept = min(kept, plan.units - min(made.options.workers, execution.in_flight))
+    return execution.mlp_bytes * kept // execution.mlp_units
+
+
+def tightest_on_host(made: Prepared) -> tuple[str, int]:
+    """Name the stage that takes most host memory, and give all of the process then."""
     from rsq_stream.memory_fit import HOST_OVERHEAD_BYTES
 
-    stages = made.execution.stages
-    most = max(stage.host_bytes + kept_bytes(made, stage.name) for stage in stages)
-    return most + HOST_OVERHEAD_BYTES
+    execution = made.execution
+    always = execution.used_bytes + HOST_OVERHEAD_BYTES
+    found = {
+        stage.name: always + stage.host_bytes + kept_bytes(made, stage.name)
+        for stage in execution.stages
+    }
+    name = max(found, key=found.__getitem__)
+    return name, found[name]
 
 
 def stage_table(made: Prepared, found: dict[str, dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from rsq_stream.config import QuantizationPlan
 from rsq_stream.schemes import GRID_NAMES
 
 from .bits import as_choice, explained, with_bits
-from .forecast import forecast, forecast_rows, host_peak
+from .forecast import forecast, forecast_rows, tightest_on_host
 from .job import Job
 from .options import Debug, Json, Model, Quiet
 from .prepare import Prepared, prepare
@@ -74,6 +74,7 @@ def as_object(made: Prepared) -> dict[str, Any]:
 def rows(made: Prepared) -> dict[str, str]:
     """Give the table: what is made, with what, in which room."""
     plan, execution, options = made.plan, made.execution, made.options
+    tightest, host_bytes = tightest_on_host(made)
     group = "one scale a row" if plan.group_size == -1 else f"{plan.group_size}"
     if execution.fallbacks and plan.group_size != -1:
         group += f"; one scale a row for {', '.join(execution.fallbacks)}"
@@ -113,8 +114,8 @@ def rows(made: Prepared) -> dict[str, str]:
         "device": f"{options.device}, {options.workers} threads,"
         f" {execution.in_flight} units in flight",
         **_gpu_memory(made),
-        "host memory": size(host_peak(made)),
-        "tightest stage": execution.tightest.name,
+        "host memory": _of(host_bytes, options.ram_bytes),
+        "tightest stage": execution.tightest.name if options.on_gpu else tightest,
         "scratch on disk": size(execution.scratch_bytes),
         "written in all": size(execution.written_bytes),
         "free on disk": size(_free_bytes(options.output)),
@@ -129,12 +130,16 @@ def _gpu_memory(made: Prepared) -> dict[str, str]:
     """Say what of the card is needed, and where a block's weights lie."""
     if not made.options.on_gpu:
         return {}
-    text = size(made.execution.device_bytes)
-    if made.options.vram_bytes is not None:
-        text += f" of {size(made.options.vram_bytes)}"
+    text = _of(made.execution.device_bytes, made.options.vram_bytes)
     if made.execution.streams_weights:
         text += "; weights are fetched from host memory for each use"
     return {"GPU memory": text}
+
+
+def _of(taken_bytes: int, budget_bytes: int | None) -> str:
+    """Write what is taken, and of how much if an option said so."""
+    budget = "" if budget_bytes is None else f" of {size(budget_bytes)}"
+    return size(taken_bytes) + budget
 
 
 def _codes(plan: QuantizationPlan, grid: str, group: str) -> dict[str, str]:

@@ -184,6 +184,7 @@ def calibration_windows(
 ) -> "Windows":
     """Read the calibration text and take the plan's windows of it."""
     from rsq_stream.calibration import Windows, choose_windows, read_text
+    from rsq_stream.ops.heap import give_back_free_memory
 
     text = read_text(job.calibration, plan.seed)
     window_BT = choose_windows(
@@ -194,6 +195,9 @@ def calibration_windows(
         plan.seed,
         job.calibration,
     )
+    # The text and what the tokenizer took would lie in the heap's way of the run.
+    del text
+    give_back_free_memory()
     return Windows(window_BT, plan.expand)
 
 

@@ -22,11 +22,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rsq_stream.errors import CalibrationError
+from rsq_stream.tokens import tokens_of
 
 _JOIN = "\n\n"
 _LARGEST_TEXT_CHARACTERS = 50_000_000
 """Of a large data set, as many characters (in random order of the documents) are
-read: 12 million tokens and more."""
+taken: 12 million tokens and more."""
 
 
 _UNREADABLE = (
@@ -107,10 +108,10 @@ def read_text(calibration: str, seed: int, option: str = "--calibration") -> str
     """
     if calibration in DATA_SETS:
         data_set = DATA_SETS[calibration]
-        documents = _documents(_fetched(calibration, data_set), option)
-        return (
-            _shuffled(documents, seed) if data_set.shuffled else _JOIN.join(documents)
-        )
+        path = _fetched(calibration, data_set)
+        if data_set.shuffled:
+            return _shuffled(path, seed, option)
+        return _JOIN.join(_documents(path, option))
     path = Path(calibration)
     if not path.is_file():
         names = ", ".join(DATA_SETS)
@@ -135,9 +136,8 @@ def choose_windows(
     CalibrationError
         The text is shorter than one window.
     """
-    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-    # Kept to the end of a run, so half of torch's usual size.
-    token_T = torch.tensor(ids, dtype=torch.int32)
+    # In int32: they are kept to the end of a run.
+    token_T = tokens_of(text, tokenizer)
     spare = len(token_T) - sequence_length
     if spare < 0:
         raise CalibrationError(
@@ -206,14 +206,23 @@ def _text(value: object) -> str:
     return value
 
 
-def _shuffled(documents: Iterator[str], seed: int) -> str:
-    """Join documents in random order until there is enough text."""
-    order = list(documents)
+def _shuffled(path: Path, seed: int, option: str) -> str:
+    """Join documents in random order until there is enough text.
+
+    They are read twice, as all of them would take twenty times that text.
+    """
+    lengths = [len(document) for document in _documents(path, option)]
+    order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
-    taken, length = [], 0
-    for document in order:
-        taken.append(document)
-        length += len(document)
+    wanted, length = set(), 0
+    for index in order:
+        wanted.add(index)
+        length += lengths[index]
         if length > _LARGEST_TEXT_CHARACTERS:
             break
-    return _JOIN.join(taken)
+    kept = {
+        index: document
+        for index, document in enumerate(_documents(path, option))
+        if index in wanted
+    }
+    return _JOIN.join(kept[index] for index in order[: len(wanted)])

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from rsq_stream import calibration
+from rsq_stream import calibration, tokens
 from rsq_stream.calibration import (
     DATA_SETS,
     Windows,
     choose_windows,
     read_text,
 )
+from rsq_stream.demo import CALIBRATION, MODEL
 from rsq_stream.errors import CalibrationError, CheckpointError
 from rsq_stream.tokenizer import load_tokenizer
 from tests.toy import toy_tokenizer, toy_windows
@@ -241,3 +245,71 @@ def test_a_folder_without_a_tokenizer_is_explained(
     with pytest.raises(CheckpointError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_text_has_the_tokens_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    text = CALIBRATION.read_text("utf-8")[:60_000]
+    text += "a line of many words, " * 500 + "\n\n\n    indented\n\n" * 200
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    given = []
+
+    def seen(piece: str, **options: Any) -> Any:
+        given.append(len(piece))
+        return tokenizer(piece, **options)
+
+    monkeypatch.setattr(tokens, "PIECE", 1000)
+    assert tokens.tokens_of(text, seen).tolist() == whole
+    assert len(given) >= 70
+    assert max(given) <= 1000
+
+
+def test_what_comes_before_a_text_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a text in which there is nowhere to cut is cut all the same."""
+    monkeypatch.setattr(tokens, "PIECE", 100)
+    found = tokens.tokens_of(TEXT, toy_tokenizer())
+    assert found.dtype == torch.int32
+    assert found.tolist() == [2, *map(ord, TEXT)]
+
+
+def test_a_long_text_takes_little_memory() -> None:
+    """Beside the text itself: whole, the tokenizer takes some 150 bytes a character."""
+    program = f"""
+import sys
+from pathlib import Path
+from rsq_stream.calibration import choose_windows
+from rsq_stream.tokenizer import load_tokenizer
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+tokenizer = load_tokenizer(Path({str(MODEL)!r}))
+text = Path({str(CALIBRATION)!r}).read_text("utf-8")
+choose_windows(text[:100_000], tokenizer, 1, 8, 0, "here")
+text = text * (4_000_000 // len(text))
+before = peak()
+choose_windows(text, tokenizer, 1, 8, 0, "here")
+sys.stdout.write(str(peak() - before))
+"""
+    made = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert int(made.stdout) < 250 << 20
+
+
+def test_documents_in_random_order_until_there_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"document {number} " + "x" * number} for number in range(50)]
+    path = _written(tmp_path / "a.jsonl.gz", rows)
+    order = [row["text"] for row in rows]
+    random.Random(3).shuffle(order)
+    monkeypatch.setattr(calibration, "_fetched", lambda *_: path)
+    monkeypatch.setattr(calibration, "_LARGEST_TEXT_CHARACTERS", 300)
+    found = read_text("c4", 3).split("\n\n")
+    assert found == order[: len(found)]
+    assert sum(map(len, found[:-1])) <= 300 < sum(map(len, found))

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from rsq_stream import memory_fit, settings
+from rsq_stream.cli.forecast import kept_bytes
+from rsq_stream.cli.prepare import Prepared
 from rsq_stream.execution import RunOptions
 from rsq_stream.memory_plan import MemoryPlan
 from rsq_stream.model.architecture import block_prefix, read_architecture
@@ -217,6 +219,51 @@ def test_plan_answers_for_70b(models: dict[str, Path], run: Run) -> None:
     assert time.monotonic() - began < 15  # 5 s, on a machine that is not busy
     assert re.search(r"GPU memory +\d+\.\d\d GiB of 16\.00 GiB\n", out)
     assert re.search(r"tightest stage +mlp out: (pass|solve down)\n", out)
+
+
+def test_plan_says_what_the_whole_process_takes(
+    models: dict[str, Path], run: Run
+) -> None:
+    """The number beside ``--ram`` is of what ``--ram`` is: this process is in it."""
+    code, out, err = run("plan", models["8B"], "--bits", "2", "--ram", "12GiB")
+    assert code == 0, err
+    found = re.search(r"host memory +(\d+\.\d\d) GiB of 12\.00 GiB\n", out)
+    assert found is not None, out
+    (down,) = (
+        made
+        for made in memory_of(models["8B"], on_gpu=False, in_flight=1).stages()
+        if made.name == "mlp out: solve down"
+    )
+    assert down.host_bytes / GIB + 0.2 < float(found[1]) <= 12
+
+
+@pytest.mark.parametrize(
+    ("method", "mlp_units", "counted"),
+    [("gptq", 8, 6), ("gptq", 7, 6), ("gptq", 5, 5), ("gptq", 0, 0), ("rsq", 8, 8)],
+)
+def test_the_last_units_at_work_are_not_kept_yet(
+    models: dict[str, Path], method: str, mlp_units: int, counted: int
+) -> None:
+    """With two streams they are: then both are there, and their difference is made."""
+    folder = models["8B"]
+    checkpoint = Checkpoint(FolderFiles(folder))
+    architecture = inspect_checkpoint(checkpoint)
+    options = RunOptions(output=folder / "o", work_dir=folder / "w", workers=2)
+    given = Settings(bits=2, method=method, samples=64, sequence_length=256)
+    plan = make_plan(checkpoint, architecture, given, None, torch.device("cpu"))
+    assert plan.units == 8
+    chosen = plan_execution(checkpoint, architecture, plan, options)
+    chosen = dataclasses.replace(
+        chosen,
+        mlp_units=mlp_units,
+        mlp_bytes=100 * mlp_units,
+        in_flight=4,
+        slot_bytes=0,
+    )
+    made = Prepared(checkpoint, plan, chosen, options, None, architecture.blocks)
+    assert kept_bytes(made, "mlp in: pass") == 0
+    assert kept_bytes(made, "mlp out: pass") == 100 * counted
+    assert kept_bytes(made, "mlp out: solve down") == 100 * mlp_units
 
 
 @pytest.mark.parametrize("option", ["--vram", "--ram"])
