@@ -128,7 +128,9 @@ def settings_of(job: Job) -> "Settings":
         raise UsageError(
             f"--bpw measures on calibration text, which {job.method} does without"
         )
-    if job.method == "rotate" and (job.bits or job.override or job.head_bits != 16):
+    if job.method == "rotate" and (
+        job.bits is not None or job.override or job.head_bits != 16
+    ):
         raise UsageError("--method rotate quantizes nothing: leave bits out")
     if job.importance_tokens is not None and job.importance not in _COUNTED:
         wanted = " or ".join(_COUNTED)
@@ -146,7 +148,9 @@ def settings_of(job: Job) -> "Settings":
     }
     if job.signed_scales is None:
         given["signed_scales"] = job.symmetric
-    given["bits"] = job.bits or (USUAL_BITS if job.bpw is None else LEAST_BITS)
+    given["bits_chosen"] = job.bpw is not None
+    usual = LEAST_BITS if given["bits_chosen"] else USUAL_BITS
+    given["bits"] = usual if job.bits is None else job.bits
     given["propagate_overrides"] = tuple(job.propagate_override or ())
     given["importance_linears"] = tuple(sorted(job.importance_linears or ()))
     given["overrides"] = tuple(job.override or ())
@@ -160,9 +164,14 @@ def run_options(model: str, job: Job, device: str) -> RunOptions:
     ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
     vram_bytes = None if job.vram is None else parse_size("--vram", job.vram)
     name = Path(model).resolve().name
-    kind = f"{job.bits or USUAL_BITS}bit" if job.bpw is None else f"{job.bpw:g}bpw"
+    bits = USUAL_BITS if job.bits is None else job.bits
+    kind = f"{bits}bit" if job.bpw is None else f"{job.bpw:g}bpw"
     kind = "" if job.method == "rotate" else f"-{kind}"
     output = job.output or Path(f"{name}-{job.method}{kind}")
+    if not output.name:  # the folder that one is in
+        output = output.resolve()
+    if not output.name:
+        raise UsageError(f"--output {output}: must be a folder of its own")
     work_dir = job.work_dir or output.with_name(output.name + ".work")
     return RunOptions(
         output=output,

@@ -90,7 +90,8 @@ def choose_bits(
     units = [group.unit for group in groups]
     options = None
     for target in (bpw, bpw + _TOLERANCE):
-        options = allocate(units, int(target * weights) - fixed) or options
+        found = allocate(units, int(target * weights) - fixed)
+        options = options if found is None else found
         if options is not None:
             sizes = [u.sizes[o] for u, o in zip(units, options, strict=True)]
             if (fixed + sum(sizes)) / weights >= bpw - _TOLERANCE:
@@ -107,16 +108,24 @@ def choose_bits(
         name: f"{name}={chosen}" for name, chosen in bits.items() if chosen != usual
     }
     made = dataclasses.replace(
-        plan, bits=usual, overrides=tuple(sorted({**lines, **own}.values()))
+        plan,
+        bits=usual,
+        overrides=tuple(
+            sorted(
+                line
+                for name, line in {**lines, **own}.items()
+                if line != f"{name}={usual}"
+            )
+        ),
     )
     return Choice(
         made,
         output_bits(checkpoint, architecture, made) / weights,
-        sum(u.costs[o] for u, o in zip(units, options, strict=True)),
+        sum((u.costs[o] for u, o in zip(units, options, strict=True)), 0.0),
         {
             wanted: (
                 (fixed + sum(unit.sizes[option] for unit in units)) / weights,
-                sum(unit.costs[option] for unit in units),
+                sum((unit.costs[option] for unit in units), 0.0),
             )
             for option, wanted in enumerate(BITS)
         },

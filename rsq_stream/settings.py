@@ -44,7 +44,6 @@ PROPAGATE, SWEEPS, REFIT, SHRINKAGE = 0.5, 2, True, 1.0
 """Defaults of rsq, which other methods do without; how they were found is in
 benchmarks/RESULTS.md."""
 
-
 _PASSED_ON = tuple(
     field.name
     for part in (ImportanceFields, ActivationFields)
@@ -60,6 +59,8 @@ class Settings:
 
     method: str = "rsq"
     bits: int = 4
+    bits_chosen: bool = False
+    """``--bpw`` is still to choose the bits: what overrides say is never as usual."""
     group_size: int = 128
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
@@ -159,10 +160,10 @@ def make_plan(
     importance = settings.importance or (
         "attncon" if settings.method == "rsq" else "uniform"
     )
-    tokens = 0
-    if importance in ("first-n", "first-last-n"):
-        part = 4 if importance == "first-n" else 8
-        tokens = settings.importance_tokens or max(1, length // part)
+    part = {"first-n": 4, "first-last-n": 8}.get(importance, 0)
+    tokens = settings.importance_tokens if part else 0
+    if tokens is None:
+        tokens = max(1, length // part)
     minimum = settings.importance_min
     if minimum is None:
         # RSQ's best r_min times the sequence length is about 20 wherever the
@@ -266,13 +267,14 @@ def own_schemes(
         lines.insert(0, f"{HEAD_LINEAR}={settings.head_bits}")
     if not tied:
         names[HEAD_LINEAR] = None
+    others = None if settings.bits_chosen else Override(settings.bits)
     usual = {HEAD_LINEAR: Override(KEPT)}
     return tuple(
         f"{name}={override}"
         for name, override in sorted(
             resolve("override", map(parse_override, lines), names).items()
         )
-        if override != usual.get(name, Override(settings.bits))
+        if override != usual.get(name, others)
     )
 
 

@@ -1,6 +1,7 @@
 """Bad input: one line that says what, where and what to do; nothing left behind."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+
 from rsq_stream.cli.job import Job
 from rsq_stream.cli.main import main
 from rsq_stream.cli.prepare import prepare
-
 from rsq_stream.demo import CALIBRATION, MODEL
 from rsq_stream.storage.run_folder import RunFolder
+from tests.cli_runs import Run
 
 SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -152,10 +154,29 @@ def test_no_such_folder(refused: Refused) -> None:
     assert "/nowhere/at/all: no such folder, and not a hub id" in line
 
 
+def test_an_output_without_a_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The present folder has one, and its work folder lies beside it."""
+    code, _, err = run("plan", MODEL, "--output", "/")
+    assert (code, err) == (1, "error: --output /: must be a folder of its own\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("plan", MODEL, "--output", ".", "--method", "rtn")
+    assert code == 0, err
+    assert re.search(rf"work folder +{re.escape(str(tmp_path))}\.work\n", out)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (("--bits", "0"), "--bits must be 2 to 8, not 0"),
         (("--bits", "1"), "--bits must be 2 to 8, not 1"),
+        (
+            ("--importance", "first-n", "--importance-tokens", "0"),
+            "--importance-tokens must be 1 to the sequence length (64), not 0",
+        ),
+        (("--ram", "9" * 400 + "g"), "--ram must be a size such as 8GiB"),
+        (("--revision", "main"), "--revision is for a hub id, and "),
         (("--bits", "9"), "--bits must be 2 to 8, not 9"),
         (("--group-size", "100"), "--group-size must be 32, 64, 128, -1, not 100"),
         (

@@ -20,6 +20,7 @@ from rsq_stream.grids import make_grid
 from rsq_stream.measure import measure, measuring_plan
 from rsq_stream.model.architecture import LINEARS, STAGES
 from rsq_stream.ops.pool import Pool
+from rsq_stream.output_folder import output_bits, source_weights
 from rsq_stream.planner import inspect_checkpoint
 from rsq_stream.schemes import HEAD_LINEAR
 from rsq_stream.source import Source
@@ -298,6 +299,31 @@ def test_overrides_still_win(toy: Path, costs: Costs) -> None:
     head = found.scheme(HEAD_LINEAR, 32)
     assert head is not None
     assert head.bits == 8
+
+
+def test_an_override_wins_over_bits_that_stand_in_for_those_to_come(
+    toy: Path, costs: Costs
+) -> None:
+    """With ``--bpw`` the plan has 2 bits until they are chosen."""
+    own = {"overrides": ("down_proj=2",), "bits_chosen": True}
+    found = chosen(toy, costs, least_bpw(toy) + 2, **own).plan
+    assert found.bits > 2
+    for block in range(BLOCKS):
+        down = found.scheme(f"model.layers.{block}.mlp.down_proj", 44)
+        assert down is not None
+        assert down.bits == 2
+
+
+def test_overrides_may_leave_nothing_to_choose(toy: Path, costs: Costs) -> None:
+    """A plan in which all linears have as many bits names none of them."""
+    fixed, _ = plan_toy(toy, **SETTINGS | {"bits": 4})
+    checkpoint = open_toy(toy)
+    architecture = inspect_checkpoint(checkpoint)
+    bpw = output_bits(checkpoint, architecture, fixed) / source_weights(architecture)
+    own = {"overrides": ("*=4",), "bits_chosen": True}
+    found = chosen(toy, costs, bpw, **own)
+    assert found.bits_per_weight == pytest.approx(bpw)
+    assert {line.partition("=")[2] for line in found.plan.overrides} <= {"4"}
 
 
 def test_a_target_out_of_reach_is_refused_with_what_would_do(toy: Path) -> None:

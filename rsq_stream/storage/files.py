@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from rsq_stream.errors import CheckpointError
+from rsq_stream.errors import CheckpointError, UsageError
 from rsq_stream.storage import atomic
 
 SIDE_FILES = (
@@ -233,9 +233,13 @@ def open_files(model: str, revision: str | None = None) -> Files:
     ------
     CheckpointError
         It is neither.
+    UsageError
+        A ``revision`` of a folder.
     """
     folder = Path(model)
     if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"--revision is for a hub id, and {model} is a folder")
         return FolderFiles(folder)
     if _HUB_ID.fullmatch(model) and not model.startswith((".", "/", "~")):
         return HubFiles(model, revision)
