@@ -1,6 +1,7 @@
 """Budgets that are kept: runs under ``--ram`` and a hard limit, twice as large each.
 
     python benchmarks/budgets.py [--cases narrow 8B blocks] [--scale 1.0] [--soft]
+        [--mapped]
 
 - narrow: a block of width 256, MLP 768, with 16 M and 32 M tokens, within 2 GiB. Three
   slots of 8.6 and 17 GB go to the disk of TMPDIR.
@@ -10,16 +11,20 @@
 
 ``--scale`` makes calibration sets shorter. Each run is one of ``benchmarks/shapes.py``,
 which says what is measured and what the hard limit is; ``--soft`` does without that.
+With ``--mapped`` glibc maps each tensor by itself: what its heap keeps between small
+objects, tens of MiB that differ from run to run, is then left out of what is measured.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 LENGTH = 256
 
 
@@ -42,7 +47,7 @@ CASES = {
 
 
 def measured(
-    case: Case, blocks: int, tokens: int, *, hard: bool
+    case: Case, blocks: int, tokens: int, *, hard: bool, mapped: bool
 ) -> dict[str, list[float]]:
     """Run once; gives planned and measured by what was."""
     options = {
@@ -59,6 +64,7 @@ def measured(
         [sys.executable, program, *given, *["--hard"][: int(hard)], "--json"],
         stdout=subprocess.PIPE,
         text=True,
+        env=os.environ | (MAPPED if mapped else {}),
     )
     if made.returncode:
         sys.exit(f"{case.shape}, {blocks} blocks, {tokens} tokens: failed")
@@ -72,6 +78,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--soft", action="store_true", help="no hard limit")
+    parser.add_argument("--mapped", action="store_true", help="the heap left out")
     given = parser.parse_args()
     print(
         "| shape | blocks | tokens | --ram | planned, MiB | VmHWM, MiB | RssAnon, MiB |"
@@ -82,7 +89,9 @@ def main() -> None:
         case, peaks = CASES[name], []
         for blocks, whole in zip(case.blocks, case.tokens, strict=True):
             tokens = int(whole * given.scale) // LENGTH * LENGTH
-            found = measured(case, blocks, tokens, hard=not given.soft)
+            found = measured(
+                case, blocks, tokens, hard=not given.soft, mapped=given.mapped
+            )
             planned, resident = found["host memory"]
             (anonymous,) = found["anonymous"]
             sizes = " | ".join(f"{x / MIB:.1f}" for x in (planned, resident, anonymous))

@@ -21,6 +21,7 @@ from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantiz
 from rsq_stream.model.architecture import (
     EMBEDDING,
     LINEARS,
+    STAGES,
     Architecture,
     Family,
     block_prefix,
@@ -138,8 +139,11 @@ class BlockSetup:
         done = self.journal.stages(index) if stages is None else stages
         for linear, dtype in self.source.linear_types(index).items():
             if linear not in schemes:  # kept: the quantized model has it as stored
-                block.replace_weight(linear, weights[linear].to(dtype))
+                block.replace_weight(linear, weights.pop(linear).to(dtype))
         progress.replace_solved(index, block, done)
+        for stage in STAGES[:done]:  # the solver wants those of the others alone
+            for linear in stage.linears:
+                weights.pop(linear, None)
         known_BT = progress.take_up(index, block, done) if stages is None else None
         solver = BlockSolver(
             index,

@@ -124,18 +124,22 @@ class BlockSolver:
                 return target_RI
             return drift.correction(weight_RI, rows, factor, share).add_(target_RI)
 
-        solution = solve(
-            weight_OI,
-            factor,
-            self.grids[linear],
-            self.schemes[linear].group_size,
-            dynamic_scales=self.plan.group_scales == "dynamic",
-            tile_rows=self.plan.tile_rows_of(weight_OI.shape[1]),
-            pool=self.passes.pool,
-            sweeps=self.plan.sweeps,
-            refit=self.plan.refit,
-            target=target,
-        )
+        try:
+            solution = solve(
+                weight_OI,
+                factor,
+                self.grids[linear],
+                self.schemes[linear].group_size,
+                dynamic_scales=self.plan.group_scales == "dynamic",
+                tile_rows=self.plan.tile_rows_of(weight_OI.shape[1]),
+                pool=self.passes.pool,
+                sweeps=self.plan.sweeps,
+                refit=self.plan.refit,
+                target=target,
+            )
+        except NumericalError as error:
+            where = f"block {self.index}, {linear}"
+            raise NumericalError(f"{where}: {error}") from error
         del weight_OI  # what is decoded takes its place
         if order_I is not None:
             solution = put_back(solution, order_I)

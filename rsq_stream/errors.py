@@ -76,7 +76,7 @@ class BudgetError(RsqError, MemoryError):
 
 
 class NumericalError(RsqError, ArithmeticError):
-    """NaN or infinity appeared in the activations."""
+    """NaN or infinity appeared in activations, or in what is made of them."""
 
 
 class Interrupted(RsqError, RuntimeError):  # noqa: N818  the word users know

@@ -8,8 +8,10 @@ from rsq_stream.algorithm.importance import (
     Weighting,
     affine,
     chosen_tokens,
+    lowest,
     mean_one,
     rounded,
+    transformed,
 )
 
 from .textbook import token_weights
@@ -135,3 +137,22 @@ def test_exact_weights_are_the_formula(sequences, tokens, minimum, maximum):
     expected_BT = token_weights(score_BT, minimum, maximum, exact=True)
     torch.testing.assert_close(found_BT.double(), expected_BT, rtol=1e-5, atol=1e-6)
     assert torch.equal(rounded(found_BT), Weighting(**options).weights(score_BT))
+
+
+@each_device
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8])
+def test_log_takes_the_lower_median(tokens, device):
+    """CUDA has no deterministic median, and runs allow nothing else there."""
+    score_BT = random_scores(3, tokens).to(device)
+    above_BT = score_BT - score_BT.amin(1, keepdim=True)
+    middle_B1 = above_BT.cpu().median(1, keepdim=True).values.to(device)
+    tiny = torch.finfo(score_BT.dtype).tiny
+    expected_BT = (above_BT + middle_B1.clamp(min=tiny)).log()
+    assert torch.equal(transformed(score_BT, "log"), expected_BT)
+
+
+@each_device
+@pytest.mark.parametrize(("share", "count"), [(0.5, 4), (0.99, 7), (0.0, 0)])
+def test_the_lowest_are_never_all(share, count, device):
+    score_BT = random_scores(2, 8).to(device)
+    assert lowest(score_BT, share).sum(1).tolist() == [count, count]

@@ -13,6 +13,7 @@ from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.lattice import LatticeGrid
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
+from rsq_stream.ops import codebook
 from rsq_stream.ops.codebook import (
     codeword_digits,
     digit_values,
@@ -312,3 +313,21 @@ def test_no_row_gets_worse(storage: torch.dtype) -> None:
     assert bool((loss(0, True) <= plain_O * slack).all())
     assert bool((loss(1, False) <= plain_O * slack).all())
     assert float(loss(2, True).sum()) < 0.96 * float(plain_O.sum())
+
+
+def test_indices_are_looked_for_some_at_a_time(monkeypatch):
+    """All at once they would take forty bytes a weight beside what is planned."""
+    generator = torch.Generator().manual_seed(3)
+    index_ON = torch.randint(1 << 16, (50, 4), generator=generator).to(torch.int32)
+    sizes = []
+
+    def seen(digit_OI):
+        sizes.append(digit_OI.numel())
+        return whole(digit_OI)
+
+    whole = codebook._to_indices
+    monkeypatch.setattr(codebook, "_to_indices", seen)
+    monkeypatch.setattr(codebook, "_AT_A_TIME", 300)
+    assert torch.equal(to_indices(to_digits(index_ON)), index_ON)
+    assert max(sizes) <= 300
+    assert sum(sizes) == 50 * 32

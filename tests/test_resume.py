@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from rsq_stream.block_solver import BlockSolver
 from rsq_stream.errors import (
     Interrupted,
     OutputError,
     PlanMismatchError,
     ScratchError,
 )
-from rsq_stream.events import BlockFinished, Event
+from rsq_stream.events import BlockFinished, Event, LinearRecord, StageStarted
+from rsq_stream.model.architecture import LINEARS, role
 from rsq_stream.storage import atomic
 from rsq_stream.storage.steps import observed
 from tests.toy import Recorder, contents, run_toy, toy_checkpoint
@@ -204,6 +206,38 @@ def test_dead_at_any_step_on_disk(
             assert contents(output) == expected, steps[place]
             assert place in removals
         assert_done(output, expected)
+
+
+def test_what_is_solved_already_is_not_kept_in_memory(
+    toy: Path,
+    whole: tuple[Files, list[Event]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its plan counts the weights that are left: with a resumed stage, and kept ones."""
+    output, stop = tmp_path / "out", threading.Event()
+    held: list[tuple[int, list[str]]] = []
+    original = BlockSolver.run
+
+    def run(solver: BlockSolver, done: int) -> list[LinearRecord]:
+        held.append((done, sorted(map(role, solver.weights))))
+        return original(solver, done)
+
+    def listener(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "mlp out":
+            stop.set()
+
+    monkeypatch.setattr(BlockSolver, "run", run)
+    with pytest.raises(Interrupted):
+        run_toy(toy, output, **RUN, listener=listener, stop=stop)
+    run_toy(toy, output, **RUN)
+    assert contents(output) == whole[0]
+    every = sorted(map(role, LINEARS))
+    assert held == [(0, every), (3, ["down"]), (0, every)]
+    held.clear()
+    kept = tmp_path / "kept"
+    run_toy(toy, kept, **RUN, overrides=("[qkvo]_proj=16",))
+    assert held == [(0, ["down", "gate", "up"])] * 2
 
 
 def test_a_moved_work_folder_goes_on(

@@ -12,6 +12,7 @@ from rsq_stream.algorithm.grid import Grid, decode
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.block_solver import record
+from rsq_stream.errors import NumericalError
 from rsq_stream.ops.pool import Pool, single_threaded_products
 from rsq_stream.schemes import Scheme
 
@@ -277,3 +278,12 @@ def test_record_says_what_was_done():
         "dead_inputs": 35,
     }
     assert {name: getattr(made, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(bad):
+    """Codes would stand for anything, and the error would be said to be none."""
+    weight_OI = random(16, 64)
+    weight_OI[3, 5] = bad
+    with pytest.raises(NumericalError, match="hold NaN or infinity"):
+        solved(weight_OI, usual(64), make_grid(3), 32)

@@ -82,7 +82,9 @@ def transformed(score_BT: Float[Tensor, "B T"], transform: str) -> Float[Tensor,
         return order_BT.argsort(dim=1).to(score_BT)
     if transform == "log":
         above_BT = score_BT - score_BT.amin(1, keepdim=True)
-        middle_B1 = above_BT.median(1, keepdim=True).values
+        # The lower median by a sort: CUDA has no deterministic median.
+        middle = (score_BT.shape[1] - 1) // 2
+        middle_B1 = above_BT.sort(dim=1).values[:, middle, None]
         tiny = torch.finfo(score_BT.dtype).tiny
         return (above_BT + middle_B1.clamp(min=tiny)).log()
     return score_BT
@@ -113,8 +115,9 @@ def affine(
 
 
 def lowest(score_BT: Float[Tensor, "B T"], share: float) -> Tensor:
-    """Mark the lowest tokens of each sequence, round(share T) of them."""
-    count = round(share * score_BT.shape[1])
+    """Mark the lowest tokens of each sequence, round(share T) of them, never all."""
+    tokens = score_BT.shape[1]
+    count = min(round(share * tokens), tokens - 1)
     return transformed(score_BT, "rank") < count
 
 

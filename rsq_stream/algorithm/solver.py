@@ -11,6 +11,7 @@ Rows are independent: a tile of rows goes through all columns by itself (``tile.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,6 +20,7 @@ from torch import Tensor
 from rsq_stream.algorithm.factor import Factor
 from rsq_stream.algorithm.grid import Grid
 from rsq_stream.algorithm.tile import Tile, group_inverses, round_tile, solve_tile
+from rsq_stream.errors import NumericalError
 from rsq_stream.ops.pool import Pool
 
 Target = Callable[[Tensor, slice], Tensor]
@@ -62,6 +64,11 @@ def solve(
 
     The weights may lie in host memory: tile by tile they go to where the factor is.
     There ``target`` makes of them what is solved; else they are solved themselves.
+
+    Raises
+    ------
+    NumericalError
+        What is solved holds NaN or infinity.
     """
     device = factor.matrix_II.device
     dynamic = dynamic_scales and group_size != -1
@@ -90,10 +97,15 @@ def solve(
         return replace(tile, code_RI=code_RI)
 
     tiles = pool.map(solve_one, starts)
-    solved, rounded, energy = torch.stack([tile.losses for tile in tiles]).sum(0)
+    losses_3 = torch.stack([tile.losses for tile in tiles]).sum(0)
+    solved, rounded, energy = losses_3.tolist()
+    if not isfinite(solved + rounded + energy):
+        raise NumericalError(
+            "its weights, or what error propagation makes of them, hold NaN or infinity"
+        )
     scale_OG = torch.cat([tile.scale_RG for tile in tiles])
     zero_OG = torch.cat([tile.zero_RG for tile in tiles])
-    kept_rounding = bool(solved > rounded)
+    kept_rounding = solved > rounded
     if kept_rounding:
 
         def round_one(given: tuple[int, Tile]) -> None:
@@ -135,10 +147,13 @@ def round_to_nearest(
     parts = pool.map(one, weight_OI.split(tile_rows))
     code_OI, scale_OG, zero_OG = (torch.cat(part) for part in zip(*parts, strict=True))
     error_OI = weight_OI - grid.decode(code_OI, scale_OG, zero_OG)
-    error = _share(error_OI.double().square().sum(), weight_OI.double().square().sum())
+    lost, energy = (
+        float(x_OI.double().square().sum()) for x_OI in (error_OI, weight_OI)
+    )
+    error = _share(lost, energy)
     return Solution(code_OI, scale_OG, zero_OG, error, error, kept_rounding=False)
 
 
-def _share(loss: Tensor, energy: Tensor) -> float:
+def _share(loss: float, energy: float) -> float:
     """Give loss / energy, 0 where there is no energy to lose."""
-    return float(loss / energy) if float(energy) > 0 else 0.0
+    return loss / energy if energy > 0 else 0.0

@@ -28,6 +28,8 @@ WIDTH = 8
 DIGITS = 12
 """Values that a coordinate can have."""
 _PATTERNS = 256
+_AT_A_TIME = 1 << 21
+"""Digits whose indices are looked for together: some 40 bytes are taken for each."""
 _TRIPLES = ((0, 1, 2), (0, 1, 3), (0, 1, 4), (0, 1, 5))
 
 
@@ -96,6 +98,11 @@ def to_indices(digit_OI: UInt8[Tensor, "O I"]) -> Int32[Tensor, "O N"]:
     ValueError
         Some are not.
     """
+    rows = max(1, _AT_A_TIME // digit_OI.shape[1])
+    return torch.cat([_to_indices(digit_RI) for digit_RI in digit_OI.split(rows)])
+
+
+def _to_indices(digit_OI: Tensor) -> Tensor:
     outputs, inputs = digit_OI.shape
     quarter_ONC = 2 * digit_OI.reshape(outputs, -1, WIDTH).long() - (DIGITS - 1)
     # Of h + 1/4 four times the value is 3 modulo 4, of h - 1/4 it is 1.
