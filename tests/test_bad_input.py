@@ -10,10 +10,10 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-
 from rsq_stream.cli.job import Job
 from rsq_stream.cli.main import main
 from rsq_stream.cli.prepare import prepare
+
 from rsq_stream.demo import CALIBRATION, MODEL
 from rsq_stream.storage.run_folder import RunFolder
 from tests.cli_runs import Run

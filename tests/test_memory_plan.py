@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from rsq_stream import memory_fit, settings
 from rsq_stream.cli.forecast import kept_bytes
 from rsq_stream.cli.prepare import Prepared
+
+from rsq_stream import memory_fit, settings
 from rsq_stream.execution import RunOptions
 from rsq_stream.memory_plan import MemoryPlan
 from rsq_stream.model.architecture import block_prefix, read_architecture

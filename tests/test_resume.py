@@ -214,7 +214,7 @@ def test_what_is_solved_already_is_not_kept_in_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its plan counts the weights that are left: with a resumed stage, and kept ones."""
+    """The plan counts what is left: after a resumed stage, and without kept ones."""
     output, stop = tmp_path / "out", threading.Event()
     held: list[tuple[int, list[str]]] = []
     original = BlockSolver.run
