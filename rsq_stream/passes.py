@@ -175,7 +175,7 @@ class FiniteWatch:
         rows = slice(first_sequence, first_sequence + x_BTI.shape[0])
         # Both are NaN where one value is; a sum could leave fp32 with none infinite.
         fine_BT = x_BTI.amax(-1).isfinite() & x_BTI.amin(-1).isfinite()
-        self._bad_BT[rows] = ~fine_BT
+        self._bad_BT[rows] |= ~fine_BT  # one look at each stream
         return x_BTI
 
     def require(self) -> None:

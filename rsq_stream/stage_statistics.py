@@ -109,7 +109,9 @@ class StageStatistics:
             if number == 0:
                 self._weigh(unit, read[0], made[0])
             sequence = unit * plan.unit_sequences
-            u_TI = flat(watch.see(made[0].value_BTI, sequence))
+            for stream in made:
+                watch.see(stream.value_BTI, sequence)
+            u_TI = flat(made[0].value_BTI)
             if drift is None:
                 return u_TI, None
             if not plan.residual_correction:
@@ -178,9 +180,9 @@ def _products(weighted_TI: Tensor, weight_OI: Tensor) -> Tensor:
     if not weighted_TI.is_cuda or weight_OI.dtype == torch.float32:
         return torch.cat([weighted_TI @ part.to(weighted_TI).T for part in parts], 1)
     made_TO = weighted_TI.new_zeros(len(weighted_TI), len(weight_OI))
-    terms = two_terms(weighted_TI, weight_OI.dtype)
+    high, low, unit = two_terms(weighted_TI, weight_OI.dtype)
     for made_TR, part_RI in zip(made_TO.split(OUTPUTS, 1), parts, strict=True):
         there_IR = part_RI.to(weighted_TI.device).T
-        for term_TI in terms:
-            add_product(made_TR, term_TI, there_IR)
+        for term_TI in (high, low):
+            add_product(made_TR, term_TI, there_IR, unit)
     return made_TO

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.ops.pool import single_threaded_products
+from rsq_stream.ops.terms import two_terms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -92,6 +93,35 @@ def test_two_terms_of_bfloat16_are_exact():
         high_TI.double() + low_TI.double(), weight_T.double()[:, None] * x_TI.double()
     )
     assert not torch.equal(high_TI, weighted_TI)
+
+
+@pytest.mark.parametrize(
+    ("size", "unit"), [(1.0, 1), (600.0, 1), (700.0, 2), (6e4, 128)]
+)
+def test_terms_of_float16_hold_what_a_weight_makes_too_large(size, unit):
+    """A sink's massive activation times its weight is beyond 65504."""
+    x_TI = random_units(63, 40)[0][0].half().clamp(-1, 1)
+    weight_T = torch.ones(63)
+    x_TI[5, 7] = -size
+    weight_T[5] = 100.0
+    high_TI, low_TI, found = two_terms(x_TI, torch.float16, weight_T)
+    assert found == unit
+    exact_TI = weight_T.double()[:, None] * x_TI.double()
+    off_TI = found * (high_TI.double() + low_TI.double()) - exact_TI
+    # Two terms have 21 bits, and end at the smallest number of the type.
+    allowed_TI = exact_TI.abs() * 2**-21 + found * 2**-25
+    assert (off_TI.abs() <= allowed_TI).all()
+
+
+@pytest.mark.gpu
+def test_a_hessian_of_float16_beyond_its_type():
+    (x_TI, weight_T), *_ = random_units(137, 172)
+    x_TI = x_TI.half()
+    x_TI[3, 5] = 2000.0
+    weight_T[3] = 100.0
+    units = [(x_TI, weight_T)]
+    found_II = hessian_of(units, device="cuda")
+    assert off(found_II, units) <= 2 * off(naive_hessian(units), units) + 1e-6
 
 
 @each_device

@@ -215,7 +215,8 @@ def test_two_terms_are_their_twins(columns, dtype):
         for weights in (None, weight_T):
             found = terms.two_terms_kernel(x_TC, weights)
             twin = terms.two_terms_naive(x_TC, torch.bfloat16, weights)
-            for one, other in zip(found, twin, strict=True):
+            assert (found.unit, twin.unit) == (1, 1)
+            for one, other in zip(found[:2], twin[:2], strict=True):
                 fine = ~other.isnan()
                 assert torch.equal(one.isnan(), other.isnan())
                 assert torch.equal(one[fine], other[fine])

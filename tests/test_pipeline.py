@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsq_stream import block_solver
+from rsq_stream import block_solver, passes
 from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.calibration import Windows
 from rsq_stream.config import QuantizationPlan
@@ -20,6 +21,7 @@ from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDon
 from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, STAGES
 from rsq_stream.model.block import Block
 from rsq_stream.planner import inspect_checkpoint
+from rsq_stream.streams import StageInput, Stream
 from tests.toy import (
     Recorder,
     contents,
@@ -312,6 +314,31 @@ def test_the_first_bad_token_is_named(toy: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "gptq", "cache_type": "float16"}
     with pytest.raises(NumericalError, match=message):
         run_toy(broken, tmp_path / "out", windows=Windows(window_BT, 1), **settings)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("stream", [0, 1])
+def test_both_streams_are_looked_at(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: int, gpu: bool
+) -> None:
+    """What full precision cannot hold would go into a stage's targets."""
+    calls = itertools.count()
+    original = Stream.stage_input
+
+    def spoiled(self: Stream, stage: int, unit: int, read_BTD: Tensor) -> StageInput:
+        made = original(self, stage, unit, read_BTD)
+        if stage == 1 and next(calls) % 2 == stream and unit == 1:
+            made.value_BTI[0, 3, 2] = float("nan")
+        return made
+
+    monkeypatch.setattr(Stream, "stage_input", spoiled)
+    if gpu:  # one look, at the end of the pass
+        monkeypatch.setattr(passes, "_looks_at_each_unit", lambda _: False)
+    execution = {"in_flight": 1, "resident_units": 0}
+    settings: dict[str, Any] = {"propagate": 0.5, "execution": execution}
+    message = r"^block 0, attention out, sequence 2, token 3"
+    with pytest.raises(NumericalError, match=message):
+        run_toy(toy, tmp_path / "out", **settings)
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])

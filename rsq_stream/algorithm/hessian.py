@@ -64,5 +64,6 @@ def accumulate(
         weighted_TC = x_TC if weight_T is None else weight_T[:, None] * x_TC
         panel_IC.addmm_(x_TI.T, weighted_TC)
         return
-    for term_TC in two_terms(x_TC, x_TI.dtype, weight_T):
-        add_product(panel_IC, x_TI.T, term_TC)
+    high, low, unit = two_terms(x_TC, x_TI.dtype, weight_T)
+    for term_TC in (high, low):
+        add_product(panel_IC, x_TI.T, term_TC, unit)

@@ -91,8 +91,9 @@ def accumulate(
     if u_TC.dtype == torch.float32:
         panel_RC.addmm_(error_TR.T, u_TC)
         return
-    for term_TR in two_terms(error_TR, u_TC.dtype):
-        add_product(panel_RC, term_TR.T, u_TC)
+    high, low, unit = two_terms(error_TR, u_TC.dtype)
+    for term_TR in (high, low):
+        add_product(panel_RC, term_TR.T, u_TC, unit)
 
 
 def stream_error(

@@ -1,8 +1,12 @@
 """Factors of a product in two 16-bit terms, for tensor cores: x = high + low.
 
 Of fp32 both bf16 terms keep 16 bits. Their products with bf16 are exact in fp32, and
-the sums are those of fp32.
+the sums are those of fp32. fp16 ends at 65504, which a token's weight times a massive
+activation may exceed: then both terms are of x divided by a power of two.
 """
+
+from math import ceil, isfinite, log2
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,7 +17,14 @@ from rsq_stream.ops.library import Kernel
 
 _THREADS = 256
 
-Terms = tuple[Float[Tensor, "T C"], Float[Tensor, "T C"]]
+
+class Terms(NamedTuple):
+    """x = unit (high + low)."""
+
+    high_TC: Float[Tensor, "T C"]
+    low_TC: Float[Tensor, "T C"]
+    unit: float
+    """A power of two; 1 unless x is beyond the type."""
 
 
 def two_terms(
@@ -46,7 +57,7 @@ def two_terms_kernel(
             *(high_TC, low_TC, rows, columns),
         ),
     )
-    return high_TC, low_TC
+    return Terms(high_TC, low_TC, 1.0)
 
 
 def two_terms_naive(
@@ -58,14 +69,30 @@ def two_terms_naive(
     weighted_TC = x_TC.float()
     if weight_T is not None:
         weighted_TC = weight_T[:, None] * weighted_TC
+    unit = _unit(weighted_TC) if kind == torch.float16 else 1.0
+    if unit > 1:
+        weighted_TC = weighted_TC / unit
     high_TC = weighted_TC.to(kind)
-    return high_TC, (weighted_TC - high_TC.float()).to(kind)
+    return Terms(high_TC, (weighted_TC - high_TC.float()).to(kind), unit)
+
+
+def _unit(x_TC: Float[Tensor, "T C"]) -> float:
+    """Give what to divide fp32 values by for fp16 to hold them; waits for a GPU."""
+    low, high = torch.aminmax(x_TC)
+    largest = max(-float(low), float(high))
+    limit = torch.finfo(torch.float16).max
+    if largest <= limit or not isfinite(largest):
+        return 1.0
+    return 2.0 ** ceil(log2(largest / limit))
 
 
 def add_product(
     sum_RC: Float[Tensor, "R C"],
     left_RT: Float[Tensor, "R T"],
     right_TC: Float[Tensor, "T C"],
+    unit: float,
 ) -> None:
-    """Add left @ right of 16-bit factors to a sum in fp32, in place (CUDA alone)."""
-    torch.addmm(sum_RC, left_RT, right_TC, out_dtype=torch.float32, out=sum_RC)
+    """Add unit left @ right of 16-bit factors to an fp32 sum, in place (CUDA alone)."""
+    torch.addmm(
+        sum_RC, left_RT, right_TC, alpha=unit, out_dtype=torch.float32, out=sum_RC
+    )
