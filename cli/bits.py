@@ -25,18 +25,24 @@ def with_bits(
     checkpoint, options = made.checkpoint, made.options
     architecture = inspect_checkpoint(checkpoint)
     measuring = measuring_plan(made.plan)
+    # Libraries and text that came since are in what each plan has to spare.
+    used = made.execution.used_bytes
     assert made.windows is not None
     costs = measure(
         checkpoint,
         measuring,
-        plan_execution(checkpoint, architecture, measuring, options, measures=True),
+        plan_execution(
+            checkpoint, architecture, measuring, options, measures=True, used_bytes=used
+        ),
         options,
         made.windows,
         listener=listener,
         stop=stop,
     )
     choice = choose_bits(checkpoint, architecture, made.plan, costs, bpw)
-    execution = plan_execution(checkpoint, architecture, choice.plan, options)
+    execution = plan_execution(
+        checkpoint, architecture, choice.plan, options, used_bytes=used
+    )
     chosen = dataclasses.replace(made, plan=choice.plan, execution=execution)
     return chosen, choice
 

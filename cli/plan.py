@@ -46,7 +46,7 @@ def plan(
     if choice is not None and not as_json:
         say(f"\n{explained(made, choice)}")
     if not quiet:
-        warn_about_disk(made)
+        warn_about_room(made)
 
 
 def show(made: Prepared, *, as_json: bool) -> None:
@@ -215,10 +215,20 @@ def _solver(plan: QuantizationPlan) -> str:
     return ", ".join(parts)
 
 
-def warn_about_disk(made: Prepared) -> None:
-    """Warn if output and scratch cannot both fit where they go."""
+def warn_about_room(made: Prepared) -> None:
+    """Warn if this machine's memory or disks will not do."""
+    from rsq_stream.ops.free_memory import available_bytes
     from rsq_stream.room import shortage
     from rsq_stream.supply import bytes_to_fetch
+
+    _, host_bytes = tightest_on_host(made)
+    free_bytes = made.execution.used_bytes + available_bytes()
+    if host_bytes > free_bytes:
+        remark(
+            "warning",
+            f"{size(host_bytes)} of host memory will be needed, {size(free_bytes)} are"
+            " free: the system may end the run, and the same command then goes on",
+        )
 
     fetched_bytes = bytes_to_fetch(made.checkpoint, made.options)
     missing = shortage(made.execution, made.options, fetched_bytes)

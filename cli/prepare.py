@@ -16,9 +16,10 @@ from rsq_stream.execution import ExecutionPlan, RunOptions
 from rsq_stream.schemes import INTEGER, LATTICE
 
 from .job import Job
-from .text import parse_size
+from .text import parse_size, remark, size
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from rsq_stream.calibration import Windows
@@ -89,6 +90,8 @@ def prepare(
         from rsq_stream.bits_choice import require_reachable
 
         require_reachable(checkpoint, architecture, plan, job.bpw)
+    if options.vram_bytes is not None and not imagined:
+        options = _on_this_card(options, place)
     execution = plan_execution(checkpoint, architecture, plan, options)
     if options.vram_bytes is not None and torch.cuda.is_available():
         from rsq_stream.memory_fit import CONTEXT_BYTES
@@ -100,6 +103,22 @@ def prepare(
         windows = calibration_windows(job, plan, checkpoint)
         plan = make_plan(checkpoint, architecture, settings, windows, place)
     return Prepared(checkpoint, plan, execution, options, windows, architecture.blocks)
+
+
+def _on_this_card(options: RunOptions, place: "torch.device") -> RunOptions:
+    """Take of ``--vram`` what the card has free: others may be on it."""
+    from rsq_stream.memory_fit import CONTEXT_BYTES
+    from rsq_stream.ops.device_memory import free_bytes
+
+    # What is free lies beside this process's own context, which --vram is about too.
+    most = free_bytes(place) + CONTEXT_BYTES
+    if options.vram_bytes is None or options.vram_bytes <= most:
+        return options
+    given, there = size(options.vram_bytes), size(most)
+    remark(
+        "warning", f"--vram {given}: the card has {there} left, so that is planned for"
+    )
+    return dataclasses.replace(options, vram_bytes=most)
 
 
 def settings_of(job: Job) -> "Settings":

@@ -12,7 +12,7 @@ from .findings import notices_of, warnings_of
 from .forecast import compared, forecast, stage_table
 from .job import Job
 from .options import Debug, DryRun, Json, Model, Quiet
-from .plan import as_object, show, warn_about_disk
+from .plan import as_object, show, warn_about_room
 from .prepare import Prepared, prepare
 from .progress import shown
 from .serving import serving_of, serving_rows
@@ -44,7 +44,7 @@ def quantize(
             made, choice = with_bits(made, job.bpw, listener, stop.event)
         if not silent:
             say_aside(explained(made, choice))
-    warn_about_disk(made)
+    warn_about_room(made)
     if dry_run:
         show(made, as_json=as_json)
         return

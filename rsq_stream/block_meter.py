@@ -10,11 +10,13 @@ The cost of other bits follows in proportion to the losses.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor, factorise
+from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.solver import round_to_nearest
 from rsq_stream.config import QuantizationPlan
@@ -58,9 +60,7 @@ class BlockMeter:
             self.index, [self.stream], self.plan, self.passes, self.importance
         )
         for number, stage in enumerate(STAGES):
-            if number == WRITES_H:
-                self.stream.slots.h.renew()
-            hessian, _ = statistics.accumulate(number)
+            hessian = self._accumulated(statistics, number)
             if number == WRITES_H:
                 self.stream.slots.h.flush(durable=False)
             self.passes.check()
@@ -74,7 +74,8 @@ class BlockMeter:
             for linear in stage.linears:
                 self._measure(linear, factor)
         shares = self._shares()
-        self.stream.advance(self.passes, self.index)
+        advance = partial(self.stream.advance, self.passes, self.index)
+        self.passes.with_fewer(advance, f"block {self.index}, outputs")
         return {
             linear: {
                 bits: shares[linear] * loss / self._probes[linear][1]
@@ -84,6 +85,17 @@ class BlockMeter:
             }
             for linear, losses in self._losses.items()
         }
+
+    def _accumulated(self, statistics: StageStatistics, number: int) -> Hessian:
+        """Make a stage's pass; it begins anew where memory runs out in it."""
+
+        def once() -> Hessian:
+            if number == WRITES_H:
+                self.stream.slots.h.renew()
+            return statistics.accumulate(number)[0]
+
+        where = f"block {self.index}, {STAGES[number].name}"
+        return self.passes.with_fewer(once, where)
 
     def _measure(self, linear: str, factor: Factor) -> None:
         """Find a linear's losses at all bits, and keep it as the probe has it."""

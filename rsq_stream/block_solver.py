@@ -19,7 +19,7 @@ from rsq_stream.algorithm.order import group_aware_order, put_back, reorder
 from rsq_stream.algorithm.propagation import Drift
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
 from rsq_stream.config import QuantizationPlan
-from rsq_stream.errors import NumericalError
+from rsq_stream.errors import BudgetError, NumericalError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix, role
 from rsq_stream.ops.heap import give_back_free_memory
@@ -57,10 +57,24 @@ class BlockSolver:
 
         The linears of the stages that are done must hold their quantized weights.
         Gives the records of the others.
+
+        Raises
+        ------
+        BudgetError
+            Memory ran out, in a pass even with one unit in flight.
+        NumericalError
+            NaN or infinity appeared.
         """
         for number in range(done, len(STAGES)):
             before = len(self.records)
-            self._solve_stage(number)
+            try:
+                self._solve_stage(number)
+            except torch.OutOfMemoryError as error:  # not in its pass, which has fewer
+                raise BudgetError(
+                    f"block {self.index}, {STAGES[number].name}: memory ran out while"
+                    " a linear was solved; free some of it, or give a larger --vram:"
+                    " the same command goes on"
+                ) from error
             made = self.records[before:]
             self.finish_stage(number, made, self.statistics.token_weights)
         with self.passes.meter.stage("outputs: pass"):

@@ -13,6 +13,7 @@ from rsq_stream.errors import BudgetError
 from rsq_stream.execution import RunOptions, StageMemory
 from rsq_stream.memory_plan import MemoryPlan
 from rsq_stream.ops.device_memory import free_bytes
+from rsq_stream.ops.free_memory import available_bytes
 
 HOST_OVERHEAD_BYTES = 208 << 20
 """Libraries loaded after planning, threads, and what the allocator keeps between
@@ -35,12 +36,15 @@ class Room:
     """Host memory that it has taken already."""
 
 
-def room_for(options: RunOptions) -> Room:
-    """Ask the machine for what ``--ram`` and ``--vram`` leave open."""
-    used = psutil.Process().memory_info().rss
+def room_for(options: RunOptions, used_bytes: int | None = None) -> Room:
+    """Ask the machine for what ``--ram`` and ``--vram`` leave open.
+
+    ``used_bytes`` are from an earlier time, where what came since is part of the plan.
+    """
+    used = psutil.Process().memory_info().rss if used_bytes is None else used_bytes
     host, device = options.ram_bytes, options.vram_bytes
     if host is None:
-        host = used + int(psutil.virtual_memory().available * 0.8)
+        host = used + int(available_bytes() * 0.8)
     if device is None:
         device = free_bytes(torch.device(options.device)) if options.on_gpu else 0
     return Room(
@@ -52,11 +56,12 @@ def room_for(options: RunOptions) -> Room:
     )
 
 
-def fitted(memory: MemoryPlan, room: Room) -> MemoryPlan:
+def fitted(memory: MemoryPlan, room: Room, *, may_keep: bool = True) -> MemoryPlan:
     """Give the plan with as many units in flight as fit, at most its own.
 
     Fewer units cost a GPU little; weights that are fetched for each use cost it more,
-    so they come last.
+    so they come last. Where the host has no room for the solver's weights, a GPU ``may
+    keep`` them.
 
     Raises
     ------
@@ -68,6 +73,9 @@ def fitted(memory: MemoryPlan, room: Room) -> MemoryPlan:
         for in_flight in range(memory.in_flight, 0, -1):
             tried = replace(memory, in_flight=in_flight, streams_weights=streams)
             device, host = _device_shortage(tried, room), _host_shortage(tried, room)
+            if host and not device and memory.on_gpu and may_keep and not streams:
+                kept = keeping_weights(tried, room)
+                tried, host = kept, _host_shortage(kept, room)
             if not device and not host:
                 return tried
         # Where the GPU has room for the weights, the host should not take them.
@@ -109,10 +117,13 @@ def _device_shortage(memory: MemoryPlan, room: Room) -> str:
 
 
 def _host_shortage(memory: MemoryPlan, room: Room) -> str:
-    """Say how much host memory would do; without ``--ram`` that is left to the host."""
+    """Say how much host memory would do.
+
+    Without ``--ram`` one unit at a time is left to the host, which may have swap.
+    """
     tightest = max(memory.stages(), key=lambda made: made.host_bytes)
     need = tightest.host_bytes + HOST_OVERHEAD_BYTES
-    if not room.host_stated or need <= room.host_bytes:
+    if need <= room.host_bytes or not (room.host_stated or memory.in_flight > 1):
         return ""
     given = room.host_bytes + room.used_bytes
     what = f"--ram {given / 2**30:.2f}GiB"

@@ -88,17 +88,19 @@ def plan_execution(
     options: RunOptions,
     *,
     measures: bool = False,
+    used_bytes: int | None = None,
 ) -> ExecutionPlan:
     """Choose units in flight, resident units, and where a block's weights lie.
 
-    Of a run, or of the pass before it that ``measures`` what bits cost.
+    Of a run, or of the pass before it that ``measures`` what bits cost. ``used_bytes``
+    is what the process had taken when it was first planned.
 
     Raises
     ------
     BudgetError
         Not even one unit at a time fits; the message says what would do.
     """
-    shape, room = slot_shape(plan, architecture.width), room_for(options)
+    shape, room = slot_shape(plan, architecture.width), room_for(options, used_bytes)
     first = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight")
     wanted = options.units_in_flight or 2 * options.workers
     kind = MeasuringMemory if measures else MemoryPlan
@@ -112,6 +114,7 @@ def plan_execution(
             options.on_gpu,
         ),
         room,
+        may_keep=not measures,
     )
     if options.on_gpu and not measures and not memory.streams_weights:
         memory = keeping_weights(memory, room)
@@ -137,7 +140,9 @@ def plan_execution(
         require_hub(checkpoint)
         source_disk_bytes = Needs(checkpoint, architecture).most_bytes()
     passes = architecture.blocks
-    durable = plan.streams * shape.slot_bytes * (2 * passes + 1) if slots else 0
+    # Whole chunks, as in the scratch: the last unit's is as large as the others.
+    whole_bytes = shape.units * shape.unit_bytes
+    durable = plan.streams * whole_bytes * (2 * passes + 1) if slots else 0
     return ExecutionPlan(
         in_flight=memory.in_flight,
         resident_units=resident,
@@ -146,8 +151,7 @@ def plan_execution(
         slots=slots,
         slot_bytes=shape.slot_bytes,
         working_bytes=working,
-        # Whole chunks: the last unit's is as large as the others.
-        scratch_bytes=slots * shape.units * shape.unit_bytes,
+        scratch_bytes=slots * whole_bytes,
         written_bytes=output_bytes + durable,
         source_bytes=source_bytes,
         source_disk_bytes=source_disk_bytes,

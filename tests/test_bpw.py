@@ -24,7 +24,9 @@ from rsq_stream.output_folder import output_bits, source_weights
 from rsq_stream.planner import inspect_checkpoint
 from rsq_stream.schemes import HEAD_LINEAR
 from rsq_stream.source import Source
+from rsq_stream.streams import Stream
 from tests.fake_copies import take_a_gpus_way
+from tests.test_out_of_memory import Scarce
 from tests.test_resume import SMALL
 from tests.toy import (
     Recorder,
@@ -286,6 +288,27 @@ def test_what_runtimes_fuse_shares_its_bits(toy: Path, costs: Costs) -> None:
                 for linear in stage.linears
             }
             assert len(schemes) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("stage_input", {2}), ("_stored", {5}), ("_stored", {10})],
+    ids=["attention in", "mlp in", "outputs"],
+)
+def test_memory_that_runs_out_changes_no_cost(
+    toy: Path,
+    costs: Costs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    at: set[int],
+) -> None:
+    """Fewer units in flight, as in a run."""
+    scarce, heard = Scarce(getattr(Stream, name), at), Recorder()
+    monkeypatch.setattr(Stream, name, lambda *given: scarce(*given))
+    assert measured(toy, tmp_path / "out", listener=heard) == costs
+    texts = [event.text for event in heard.events if isinstance(event, Notice)]
+    assert any("memory ran out; 1 units in flight from now" in text for text in texts)
 
 
 def test_overrides_still_win(toy: Path, costs: Costs) -> None:

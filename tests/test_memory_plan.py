@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import time
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rsq_stream.cli.forecast import kept_bytes
 from rsq_stream.cli.prepare import Prepared
 
 from rsq_stream import memory_fit, settings
+from rsq_stream.errors import BudgetError
 from rsq_stream.execution import RunOptions
 from rsq_stream.memory_plan import MemoryPlan
 from rsq_stream.model.architecture import block_prefix, read_architecture
@@ -210,6 +211,97 @@ def test_units_in_flight_give_way_before_weights_do(models: dict[str, Path]) -> 
     assert found[1][0] < 4
     assert not found[1][1]
     assert found[2][1]
+
+
+def test_a_gpu_keeps_the_weights_that_the_host_has_no_room_for(
+    models: dict[str, Path],
+) -> None:
+    """And what a refusal names is what is needed then."""
+    usual = memory_of(models["70B"], in_flight=2)
+    kept = dataclasses.replace(usual, keeps_weights=True)
+
+    def host(made: MemoryPlan) -> int:
+        most = max(stage.host_bytes for stage in made.stages())
+        return most + memory_fit.HOST_OVERHEAD_BYTES
+
+    room = memory_fit.Room(
+        host_bytes=host(kept),
+        host_stated=True,
+        device_bytes=24 * GIB,
+        device_stated=True,
+        used_bytes=0,
+    )
+    assert host(kept) < host(dataclasses.replace(usual, in_flight=1))
+    assert memory_fit.fitted(usual, room) == kept
+    roomy = dataclasses.replace(room, host_bytes=host(usual))
+    assert memory_fit.fitted(usual, roomy) == usual
+    scarce = dataclasses.replace(room, host_bytes=GIB)
+    one = dataclasses.replace(kept, in_flight=1)
+    with pytest.raises(BudgetError) as refused:
+        memory_fit.fitted(usual, scarce)
+    assert f"needs {ceil(100 * host(one) / GIB) / 100:.2f}GiB" in str(refused.value)
+    with pytest.raises(BudgetError) as refused:
+        memory_fit.fitted(usual, scarce, may_keep=False)
+    assert f"needs {ceil(100 * host(one) / GIB) / 100:.2f}GiB" not in str(refused.value)
+
+
+def test_what_no_option_states_is_fitted_to_the_machine(
+    models: dict[str, Path],
+) -> None:
+    """As far as it goes: one unit at a time is left to a host that may have swap."""
+    usual = memory_of(models["8B"], on_gpu=False, in_flight=4, workers=2)
+    two = dataclasses.replace(usual, in_flight=2)
+    need = max(made.host_bytes for made in two.stages())
+    room = memory_fit.Room(
+        host_bytes=need + memory_fit.HOST_OVERHEAD_BYTES,
+        host_stated=False,
+        device_bytes=0,
+        device_stated=False,
+        used_bytes=0,
+    )
+    assert memory_fit.fitted(usual, room).in_flight == 2
+    assert (
+        memory_fit.fitted(usual, dataclasses.replace(room, host_bytes=0)).in_flight == 1
+    )
+
+
+def test_a_machine_that_is_too_small_is_said(
+    models: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsq_stream.ops.free_memory.available_bytes", lambda: 10 << 20)
+    code, out, err = run("plan", models["8B"], "--bits", "2", "--ram", "12GiB")
+    assert code == 0
+    found = re.search(r"host memory +(\d+\.\d\d GiB) of", out)
+    assert found is not None
+    assert f"warning: {found[1]} of host memory will be needed, " in err
+
+
+def test_what_came_since_the_first_plan_is_not_counted_again(
+    models: dict[str, Path],
+) -> None:
+    def least(used_bytes: int) -> int:
+        folder = models["8B"]
+        checkpoint = Checkpoint(FolderFiles(folder))
+        options = RunOptions(output=folder / "o", work_dir=folder / "w", ram_bytes=GIB)
+        plan = make_plan(
+            checkpoint,
+            inspect_checkpoint(checkpoint),
+            Settings(bits=2),
+            None,
+            torch.device("cpu"),
+        )
+        with pytest.raises(BudgetError) as refused:
+            plan_execution(
+                checkpoint,
+                inspect_checkpoint(checkpoint),
+                plan,
+                options,
+                used_bytes=used_bytes,
+            )
+        (number,) = re.findall(r"needs (\d+\.\d\d)GiB", str(refused.value))
+        return round(100 * float(number))
+
+    assert least(2 * GIB) == least(0) + 200
 
 
 def test_plan_answers_for_70b(models: dict[str, Path], run: Run) -> None:

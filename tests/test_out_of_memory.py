@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rsq_stream import block_solver
 from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.errors import BudgetError
 from rsq_stream.events import Notice
@@ -26,11 +27,11 @@ class Scarce:
     def __init__(self, function: Callable[..., Any], at: set[int]) -> None:
         self._function, self._at, self._calls = function, at, 0
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *given: Any, **named: Any) -> Any:
         self._calls += 1
         if self._calls in self._at:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self._function(*given)
+        return self._function(*given, **named)
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,27 @@ def test_not_even_one(
     summary = run_toy(toy, output, **RUN)
     assert contents(output) == whole
     assert summary.resumed_at == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("factorise", "attention out"), ("solve", "mlp in")]
+)
+def test_out_of_memory_outside_a_pass(
+    toy: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    stage: str,
+) -> None:
+    """There is nothing to halve: one line, and the same command goes on."""
+    at = {"factorise": 2, "solve": 5}[name]
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        scarce = Scarce(getattr(block_solver, name), {at})
+        patch.setattr(block_solver, name, scarce)
+        says = f"^block 0, {stage}: memory ran out while a linear was solved; free some"
+        with pytest.raises(BudgetError, match=says):
+            run_toy(toy, output, **RUN)
+    run_toy(toy, output, **RUN)
+    assert contents(output) == whole

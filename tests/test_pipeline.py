@@ -290,6 +290,16 @@ def test_sizes_are_known_beforehand(toy: Path, tmp_path: Path) -> None:
         assert expected.fallbacks == ("mlp.down_proj",)[: group_size == 32]
 
 
+def test_whole_chunks_are_written(toy: Path, tmp_path: Path) -> None:
+    """The last unit has one sequence of two, and its chunk is as large as the others."""
+    plan, _ = plan_toy(toy, **ROUNDED)
+    assert (plan.units, plan.sequences) == (3, 5)
+    made = execution_for(toy, plan, options_for(tmp_path / "out"))
+    blocks = inspect_checkpoint(open_toy(toy)).blocks
+    slots = plan.streams * (2 * blocks + 1)
+    assert made.written_bytes - made.output_bytes == slots * 3 * UNIT_BYTES
+
+
 def _broken(toy: Path, folder: Path, name: str, place: int, value: float) -> Path:
     """Copy a toy into one shard, with one weight replaced."""
     tensors: dict[str, torch.Tensor] = {}
