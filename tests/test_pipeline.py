@@ -291,7 +291,7 @@ def test_sizes_are_known_beforehand(toy: Path, tmp_path: Path) -> None:
 
 
 def test_whole_chunks_are_written(toy: Path, tmp_path: Path) -> None:
-    """The last unit has one sequence of two, and its chunk is as large as the others."""
+    """The last unit has one sequence of two, and a chunk as large as the others."""
     plan, _ = plan_toy(toy, **ROUNDED)
     assert (plan.units, plan.sequences) == (3, 5)
     made = execution_for(toy, plan, options_for(tmp_path / "out"))
