@@ -206,7 +206,10 @@ def _say_what_is_not_kept(folder: SweepFolder, runs: Sequence[Run]) -> None:
 def _beginner(made: _Sweep, *, keep_models: bool) -> Callable[[Run, Place], Path]:
     def begin(run: Run, place: Place) -> Path:
         job = dataclasses.replace(
-            run.job, device=place.device, threads=run.job.threads or place.threads
+            run.job,
+            device=place.device,
+            threads=run.job.threads or place.threads,
+            ram=run.job.ram or place.ram,
         )
         about = {
             "name": run.name,

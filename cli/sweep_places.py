@@ -20,6 +20,8 @@ class Place:
     """As the run's own process sees it."""
     threads: int | None = None
     """Of a run that asks for none; None is what ``quantize`` takes."""
+    ram: str | None = None
+    """The same of host memory: its share of what is free, beside other runs."""
     environment: dict[str, str] = field(default_factory=dict)
     """What the process is given beside this one's."""
 
@@ -43,7 +45,8 @@ def places_for(
         wanted = f"1 to {_MOST_ON_CPU}"
         require(1 <= count <= _MOST_ON_CPU, "processes", count, wanted)
         threads = max(1, cores() // count)
-        return (Place(name="cpu", device="cpu", threads=threads),) * count, ()
+        place = Place(name="cpu", device="cpu", threads=threads, ram=_share(count))
+        return (place,) * count, ()
     kinds = cuda_kinds()
     if chosen != "cuda":
         numbers, left_out = [int(chosen.rpartition(":")[2])], []
@@ -59,11 +62,22 @@ def places_for(
         Place(
             name=f"cuda:{number}",
             device="cuda",
+            ram=_share(count),
             environment={"CUDA_VISIBLE_DEVICES": names[number].strip()},
         )
         for number in numbers[:count]
     )
     return places, tuple(f"cuda:{number}" for number in left_out)
+
+
+def _share(count: int) -> str | None:
+    """Give what one of so many runs may take; by itself a run asks the machine."""
+    if count == 1:
+        return None
+    from rsq_stream.memory_fit import FREE_SHARE
+    from rsq_stream.ops.free_memory import available_bytes
+
+    return str(int(available_bytes() * FREE_SHARE) // count)
 
 
 def cuda_kinds() -> list[str]:

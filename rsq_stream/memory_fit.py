@@ -23,6 +23,9 @@ CONTEXT_BYTES = 512 << 20
 DEVICE_OVERHEAD_BYTES = CONTEXT_BYTES + (256 << 20)
 """That, cuBLAS' workspace, and blocks that the allocator cannot join."""
 
+FREE_SHARE = 0.8
+"""Of free host memory, what a run without ``--ram`` takes."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -44,7 +47,7 @@ def room_for(options: RunOptions, used_bytes: int | None = None) -> Room:
     used = psutil.Process().memory_info().rss if used_bytes is None else used_bytes
     host, device = options.ram_bytes, options.vram_bytes
     if host is None:
-        host = used + int(available_bytes() * 0.8)
+        host = used + int(available_bytes() * FREE_SHARE)
     if device is None:
         device = free_bytes(torch.device(options.device)) if options.on_gpu else 0
     return Room(

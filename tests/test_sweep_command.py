@@ -1,5 +1,6 @@
 """A real sweep of a toy, stopped and resumed; its table is what runs alone give."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from rsq_stream.cli import sweep_child
+from rsq_stream.cli import sweep, sweep_child
 from rsq_stream.cli.job import Job
 from rsq_stream.cli.sweep_child import task_of
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,30 @@ def alone(run: Run, place: Path, seed: int) -> dict[str, Any]:
     code, out, _ = run("eval", output, *held_out)
     assert code == 0
     return {**json.loads(out), "bits_per_weight": made["bits_per_weight"]}
+
+
+def test_a_run_has_the_memory_of_its_place(
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the file says how much."""
+    asked: list[str | None] = []
+
+    def run_all(missing: Any, places: Any, begin: Any, stop: Any) -> list[Any]:
+        del stop
+        for one in (places[0], dataclasses.replace(places[0], ram="123456789")):
+            task = begin(missing[0], one)
+            asked.append(json.loads(task.read_text())["job"]["ram"])
+        return []
+
+    monkeypatch.setattr(sweep, "run_all", run_all)
+    text = (place / "s.toml").read_text()
+    for name in ("toy", "calibration.txt", "held-out.txt"):
+        text = text.replace(f'"{name}"', json.dumps(str(place / name)))
+    for number, ram in enumerate(("", 'ram = "2GiB"\n')):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(text.replace("[settings]\n", f"[settings]\n{ram}"))
+        run("sweep", path, "--device", "cpu", "--processes", "1")
+    assert asked == [None, "123456789", "2GiB", "2GiB"]
 
 
 class CtrlC(threading.Thread):
