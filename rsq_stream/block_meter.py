@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor, factorise
-from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.loss import weighted_losses
 from rsq_stream.algorithm.solver import round_to_nearest
 from rsq_stream.config import QuantizationPlan
@@ -60,7 +59,7 @@ class BlockMeter:
             self.index, [self.stream], self.plan, self.passes, self.importance
         )
         for number, stage in enumerate(STAGES):
-            hessian = self._accumulated(statistics, number)
+            hessian, _ = statistics.gather(number)
             if number == WRITES_H:
                 self.stream.slots.h.flush(durable=False)
             self.passes.check()
@@ -85,17 +84,6 @@ class BlockMeter:
             }
             for linear, losses in self._losses.items()
         }
-
-    def _accumulated(self, statistics: StageStatistics, number: int) -> Hessian:
-        """Make a stage's pass; it begins anew where memory runs out in it."""
-
-        def once() -> Hessian:
-            if number == WRITES_H:
-                self.stream.slots.h.renew()
-            return statistics.accumulate(number)[0]
-
-        where = f"block {self.index}, {STAGES[number].name}"
-        return self.passes.with_fewer(once, where)
 
     def _measure(self, linear: str, factor: Factor) -> None:
         """Find a linear's losses at all bits, and keep it as the probe has it."""

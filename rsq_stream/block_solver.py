@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rsq_stream.algorithm.factor import Factor, factorise
 from rsq_stream.algorithm.grid import Grid
-from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.order import group_aware_order, put_back, reorder
 from rsq_stream.algorithm.propagation import Drift
 from rsq_stream.algorithm.solver import Solution, round_to_nearest, solve
@@ -83,19 +82,6 @@ class BlockSolver:
                 self.passes.with_fewer(advance, f"block {self.index}, outputs")
         return self.records
 
-    def _accumulated(self, number: int) -> tuple[Hessian, Drift | None]:
-        """Make a stage's pass; it begins anew where memory runs out in it."""
-
-        def once() -> tuple[Hessian, Drift | None]:
-            if number == WRITES_H:
-                for stream in self.streams:
-                    stream.slots.h.renew()
-            return self.statistics.accumulate(number)
-
-        return self.passes.with_fewer(
-            once, f"block {self.index}, {STAGES[number].name}"
-        )
-
     def _solve_stage(self, number: int) -> None:
         stage, pool = STAGES[number], self.passes.pool
         linears = [linear for linear in stage.linears if linear in self.schemes]
@@ -103,7 +89,7 @@ class BlockSolver:
             return  # these two passes leave something for the others
         meter = self.passes.meter
         with meter.stage(f"{stage.name}: pass"):
-            hessian, drift = self._accumulated(number)
+            hessian, drift = self.statistics.gather(number)
         # What the pass took is free, and not of the sizes that the solver takes.
         give_back_free_memory()
         self.passes.check()

@@ -15,7 +15,7 @@ from rsq_stream.algorithm.hessian import Hessian
 from rsq_stream.algorithm.propagation import Drift, stream_error
 from rsq_stream.config import QuantizationPlan
 from rsq_stream.forward_memory import OUTPUTS
-from rsq_stream.model.architecture import STAGES
+from rsq_stream.model.architecture import STAGES, WRITES_H
 from rsq_stream.ops.terms import add_product, two_terms
 from rsq_stream.passes import FiniteWatch, Passes, flat
 from rsq_stream.streams import StageInput, Stream
@@ -78,6 +78,25 @@ class StageStatistics:
 
         self.streams[0].each(self.passes, self.index, "token weights", one)
         return self.token_weights
+
+    def gather(self, number: int) -> tuple[Hessian, Drift | None]:
+        """Make a stage's pass; it begins anew where memory runs out in it.
+
+        Raises
+        ------
+        BudgetError
+            Not even one unit at a time fits.
+        """
+
+        def once() -> tuple[Hessian, Drift | None]:
+            if number == WRITES_H:
+                for stream in self.streams:
+                    stream.slots.h.renew()
+            return self.accumulate(number)
+
+        return self.passes.with_fewer(
+            once, f"block {self.index}, {STAGES[number].name}"
+        )
 
     def accumulate(self, number: int) -> tuple[Hessian, Drift | None]:
         """One pass over the calibration set: a stage's statistics."""
