@@ -91,7 +91,7 @@ def prepare(
 
         require_reachable(checkpoint, architecture, plan, job.bpw)
     if options.vram_bytes is not None and not imagined:
-        options = _on_this_card(options, place)
+        options = on_this_card(options, place)
     execution = plan_execution(checkpoint, architecture, plan, options)
     if options.vram_bytes is not None and torch.cuda.is_available():
         from rsq_stream.memory_fit import CONTEXT_BYTES
@@ -105,7 +105,7 @@ def prepare(
     return Prepared(checkpoint, plan, execution, options, windows, architecture.blocks)
 
 
-def _on_this_card(options: RunOptions, place: "torch.device") -> RunOptions:
+def on_this_card(options: RunOptions, place: "torch.device") -> RunOptions:
     """Take of ``--vram`` what the card has free: others may be on it."""
     from rsq_stream.memory_fit import CONTEXT_BYTES
     from rsq_stream.ops.device_memory import free_bytes

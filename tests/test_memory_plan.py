@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from rsq_stream.cli.forecast import kept_bytes
-from rsq_stream.cli.prepare import Prepared
+from rsq_stream.cli.prepare import Prepared, on_this_card
 
 from rsq_stream import memory_fit, settings
 from rsq_stream.errors import BudgetError
 from rsq_stream.execution import RunOptions
 from rsq_stream.memory_plan import MemoryPlan
 from rsq_stream.model.architecture import block_prefix, read_architecture
+from rsq_stream.ops import device_memory
 from rsq_stream.planner import inspect_checkpoint, plan_execution
 from rsq_stream.settings import Settings, make_plan
 from rsq_stream.storage.files import FolderFiles
@@ -400,3 +401,21 @@ def test_where_weights_lie_decides_no_byte(tmp_path: Path) -> None:
         )
         made.append(contents(output, "*.safetensors"))
     assert made[0] == made[1]
+
+
+def test_no_more_of_a_card_is_planned_for_than_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others may be on it; its context is in what ``--vram`` counts already."""
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: 10 * GIB)
+    place = torch.device("cuda")
+    for given, planned in ((8, 8 * GIB), (24, 10 * GIB + memory_fit.CONTEXT_BYTES)):
+        options = RunOptions(
+            output=tmp_path / "o",
+            work_dir=tmp_path / "w",
+            device="cuda",
+            vram_bytes=given * GIB,
+        )
+        assert on_this_card(options, place).vram_bytes == planned
+    says = "warning: --vram 24.00 GiB: the card has 10.50 GiB left, so that is planned"
+    assert says in capsys.readouterr().err
