@@ -61,19 +61,14 @@ def compared(
     made: Prepared, expected: "Prediction | None", taken: Sequence["StageTaken"]
 ) -> dict[str, dict[str, Any]]:
     """Put what each stage was expected to take beside what it took."""
-    from rsq_stream.memory_fit import HOST_OVERHEAD_BYTES
-
-    execution = made.execution
-    memory = {stage.name: stage for stage in execution.stages}
-    always = execution.used_bytes + HOST_OVERHEAD_BYTES
+    memory = {stage.name: stage for stage in made.execution.stages}
+    host = _host_bytes(made)
     seconds = expected.stages if expected else {}
     return {
         stage.name: {
             "predicted_s": seconds.get(stage.name),
             "measured_s": stage.seconds,
-            "predicted_host_bytes": always
-            + memory[stage.name].host_bytes
-            + kept_bytes(made, stage.name),
+            "predicted_host_bytes": host[stage.name],
             "measured_host_bytes": stage.host_bytes,
             "predicted_device_bytes": memory[stage.name].device_bytes,
             "measured_device_bytes": stage.device_bytes,
@@ -112,16 +107,21 @@ def _kept_mlp_bytes(made: Prepared, stage: str) -> int:
 
 def tightest_on_host(made: Prepared) -> tuple[str, int]:
     """Name the stage that takes most host memory, and give all of the process then."""
+    found = _host_bytes(made)
+    name = max(found, key=found.__getitem__)
+    return name, found[name]
+
+
+def _host_bytes(made: Prepared) -> dict[str, int]:
+    """Give by stage what the whole process takes of host memory."""
     from rsq_stream.memory_fit import HOST_OVERHEAD_BYTES
 
     execution = made.execution
     always = execution.used_bytes + HOST_OVERHEAD_BYTES
-    found = {
+    return {
         stage.name: always + stage.host_bytes + kept_bytes(made, stage.name)
         for stage in execution.stages
     }
-    name = max(found, key=found.__getitem__)
-    return name, found[name]
 
 
 def stage_table(made: Prepared, found: dict[str, dict[str, Any]]) -> str:
