@@ -17,7 +17,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults soak check fix test-gpu bench bench-gpu clean
+.PHONY: help demo test test-faults same-bytes soak check fix test-gpu bench bench-gpu clean
 
 help: ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ fix: $(READY) ## format, and mend what ruff can mend
 
 test-faults: $(READY) ## every step on disk, every kind of crash (some 20 minutes)
 	RSQ_ALL_FAULTS=1 $(VENV_BIN)/pytest tests/test_faults.py tests/test_failing_steps.py $(ARGS)
+
+same-bytes: $(READY) ## toy outputs of this tree against a commit's (BASE=main)
+	@test -n "$(BASE)" || { echo "say with which commit: make same-bytes BASE=HEAD" >&2; exit 1; }
+	$(PY) tests/same_bytes.py $(BASE) $(ARGS)
 
 soak: $(READY) ## SIGKILL at random times for 10 minutes (ARGS="--minutes 1")
 	$(PY) tests/soak.py $(ARGS)
