@@ -14,17 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rsq_stream.cli.doctor_kernels import kernel_checks
+from rsq_stream.cli.doctor.kernels import kernel_checks
 
-from rsq_stream.algorithm.factor import factorise
-from rsq_stream.algorithm.grid import Grid
-from rsq_stream.algorithm.hadamard import hadamard_product
-from rsq_stream.algorithm.hessian import Hessian
+from rsq_stream.algorithm.gptq.hessian import Hessian
+from rsq_stream.algorithm.gptq.ldl import factorise
+from rsq_stream.algorithm.gptq.solver import solve
+from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.algorithm.packing import pack, unpack
-from rsq_stream.algorithm.solver import solve
+from rsq_stream.algorithm.rotation.hadamard import hadamard_product
 from rsq_stream.ops.column_sums import column_sums
-from rsq_stream.ops.lattice import round_lattice
-from rsq_stream.ops.pool import Pool
+from rsq_stream.ops.e8p import round_lattice
+from rsq_stream.runtime.worker_pool import Pool
 
 ROUNDS = 5
 MOST_CALLS = 20

@@ -110,11 +110,11 @@ def perplexity(
     folder: Path, options: argparse.Namespace, given: dict[str, Any]
 ) -> float:
     """Measure a folder on the held-out text, as ``eval`` does with options given."""
-    from rsq_stream.cli.prepare import open_checkpoint, tokenizer_of
+    from rsq_stream.cli.options.resolve import open_checkpoint, tokenizer_of
 
-    from rsq_stream.calibration import read_text
+    from rsq_stream.calibration.text import read_text
+    from rsq_stream.checkpoint.manifest import served_scheme
     from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
-    from rsq_stream.evaluation.served import served_scheme
 
     checkpoint = open_checkpoint(str(folder))
     window_BT = evaluation_windows(
@@ -133,11 +133,11 @@ def measured(
     task: tuple[argparse.Namespace, dict[str, Any]],
 ) -> tuple[float, float, float]:
     """Quantize and measure once; gives perplexity, seconds, bits per weight."""
-    from rsq_stream.cli.bits import with_bits
-    from rsq_stream.cli.job import Job
-    from rsq_stream.cli.prepare import prepare
+    from rsq_stream.cli.display.bits import with_bits
+    from rsq_stream.cli.options.quantize_options import Job
+    from rsq_stream.cli.options.resolve import prepare
 
-    from rsq_stream.pipeline import quantize
+    from rsq_stream.pipeline.quantize import quantize
 
     options, row = task
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.storage.atomic import sync_file
-from rsq_stream.storage.chunk_file import (
+from rsq_stream.storage.direct_io import (
     aligned_empty,
     has_direct_io,
     read_chunk,

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 
-from rsq_stream.algorithm.factor import factorise
-from rsq_stream.algorithm.grid import Grid
-from rsq_stream.algorithm.hessian import Hessian
-from rsq_stream.algorithm.loss import weighted_losses
+from rsq_stream.algorithm.gptq.hessian import Hessian
+from rsq_stream.algorithm.gptq.ldl import factorise
+from rsq_stream.algorithm.gptq.loss import weighted_losses
+from rsq_stream.algorithm.gptq.solver import Solution, solve
+from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.algorithm.packing import pack, unpack
-from rsq_stream.algorithm.solver import Solution, solve
-from rsq_stream.ops.columns import laid_out
-from rsq_stream.ops.pool import Pool, single_threaded_products
-from rsq_stream.settings import host_tile_rows
-from rsq_stream.storage.activations import Slot
-from rsq_stream.storage.chunk_file import has_direct_io
-from rsq_stream.storage.slot_shape import SlotShape
+from rsq_stream.ops.column_layout import laid_out
+from rsq_stream.planning.quantization_plan import host_tile_rows
+from rsq_stream.runtime.worker_pool import Pool, single_threaded_products
+from rsq_stream.storage.activation_cache import Slot
+from rsq_stream.storage.activation_shape import SlotShape
+from rsq_stream.storage.direct_io import has_direct_io
 
 TILE = 128
 ROUNDS = 3

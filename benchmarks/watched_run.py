@@ -26,15 +26,15 @@ from typing import Any
 
 import psutil
 import torch
+from rsq_stream.cli.display.text import parse_size
 from rsq_stream.cli.main import main
-from rsq_stream.cli.text import parse_size
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-import rsq_stream.bits_choice
-import rsq_stream.pipeline
-import rsq_stream.planner  # noqa: F401  all that a run imports counts before its limit
-from rsq_stream.stage_meter import StageMeter
+import rsq_stream.pipeline.bit_allocation.choose_bits
+import rsq_stream.pipeline.quantize
+import rsq_stream.planning.execution_plan  # noqa: F401  all that a run imports counts before its limit
+from rsq_stream.pipeline.stage_profile import StageMeter
 from rsq_stream.storage.journal import Journal
 
 EVERY_S = 0.002

@@ -12,18 +12,18 @@ import typer
 from rsq_stream import __version__
 from rsq_stream.errors import Interrupted, RsqError
 
-from .demo import demo
-from .doctor import doctor
-from .eval import evaluate_model
-from .inspect import inspect
-from .job import takes_job
-from .options import Debug
-from .plan import plan
-from .quantize import quantize
-from .status import status
-from .stopping import INTERRUPTED
-from .sweep import sweep
-from .verify import verify
+from .commands.demo import demo
+from .commands.doctor import doctor
+from .commands.eval import evaluate_model
+from .commands.inspect import inspect
+from .commands.plan import plan
+from .commands.quantize import quantize
+from .commands.status import status
+from .commands.sweep import sweep
+from .commands.verify import verify
+from .options.common import Debug
+from .options.quantize_options import takes_job
+from .signals import INTERRUPTED
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": takes_job(quantize),

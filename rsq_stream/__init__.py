@@ -7,12 +7,12 @@ before torch could be loaded. The pipeline is ``rsq_stream.pipeline.quantize``;
 
 from typing import TYPE_CHECKING, Any
 
-from rsq_stream.config import QuantizationPlan as QuantizationPlan
+from rsq_stream.config.execution_plan import RunOptions as RunOptions
+from rsq_stream.config.quantization_plan import QuantizationPlan as QuantizationPlan
 from rsq_stream.errors import RsqError as RsqError
-from rsq_stream.execution import RunOptions as RunOptions
 
 if TYPE_CHECKING:
-    from rsq_stream.loading import load_model as load_model
+    from rsq_stream.checkpoint.loading import load_model as load_model
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,6 @@ __all__ = ["QuantizationPlan", "RsqError", "RunOptions", "__version__", "load_mo
 def __getattr__(name: str) -> Any:
     if name != "load_model":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rsq_stream.loading import load_model
+    from rsq_stream.checkpoint.loading import load_model
 
     return load_model

@@ -2,7 +2,7 @@
 
 import json
 
-from rsq_stream.config import QuantizationPlan
+from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.storage.journal import Journal
 
 

@@ -3,8 +3,15 @@
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+from rsq_stream.config.schemes import (
+    GRIDS,
+    INTEGER,
+    KEPT,
+    LATTICE,
+    LATTICE_WIDTH,
+    Override,
+)
 from rsq_stream.errors import UsageError, one_of, require
-from rsq_stream.schemes import GRIDS, INTEGER, KEPT, LATTICE, LATTICE_WIDTH, Override
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsq_stream.events import LinearRecord
-from rsq_stream.stage_meter import StageTaken
+from rsq_stream.pipeline.stage_profile import StageTaken
 
 
 @dataclass(frozen=True)

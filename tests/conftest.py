@@ -11,10 +11,10 @@ import torch
 from rsq_stream.cli.main import main
 
 from rsq_stream.demo import MODEL
-from tests.cli_runs import Run
-from tests.crashes import Crash
-from tests.faults import RUN, TOY, Recording
-from tests.toy import contents, quick_folder, run_toy, toy_checkpoint
+from tests.support.cli_runs import Run
+from tests.support.crashes import Crash
+from tests.support.faults import RUN, TOY, Recording
+from tests.support.toy import contents, quick_folder, run_toy, toy_checkpoint
 
 # Small products lose more to OpenMP's barriers than they gain; what threads may
 # change is tested through the pool.

@@ -129,8 +129,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where it works: a disk, best")
     options = parser.parse_args()
     # Loaded once, before the first fork. No thread may live across it.
-    import rsq_stream.pipeline
-    import rsq_stream.planner  # noqa: F401
+    import rsq_stream.pipeline.quantize
+    import rsq_stream.planning.execution_plan  # noqa: F401
 
     command = ["quantize", str(options.model), "--bits", "3", "--group-size", "-1"]
     command += ["--calibration", str(options.calibration), "--quiet", "--device", "cpu"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rsq_stream.calibration import Windows, choose_windows, read_text
+from rsq_stream.calibration.text import Windows, choose_windows, read_text
+from rsq_stream.calibration.tokenizer import load_tokenizer
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
-from rsq_stream.tokenizer import load_tokenizer
-from tests.toy import decoded_state, open_toy, run_toy
+from tests.support.toy import decoded_state, open_toy, run_toy
 
 
 @pytest.mark.parametrize("method", ["gptq", "rsq"])

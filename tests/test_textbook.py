@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .textbook import (
+from tests.support.textbook import (
     attention_sums,
     in_float64,
     perplexity,
@@ -19,7 +19,7 @@ from .textbook import (
     stages,
     token_weights,
 )
-from .textbook_solver import clip_search, gptq, rtn
+from tests.support.textbook_solver import clip_search, gptq, rtn
 
 # family -> KV heads and what else differs. mistral: 6 heads x 24 = 144, not 96.
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -10,12 +10,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from rsq_stream.errors import KernelError
-from rsq_stream.ops.bit_stream import (
-    pack_kernel,
-    pack_rows,
-    unpack_kernel,
-    unpack_rows,
-)
+from rsq_stream.ops.pack import pack_kernel, pack_rows, unpack_kernel, unpack_rows
 
 _WORD = 32
 

@@ -18,19 +18,19 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rsq_stream.activation_fields import ActivationScheme
+from rsq_stream.checkpoint.model_reader import ModelReader
+from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.config.activations import ActivationScheme
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
-from rsq_stream.evaluation.reader import ModelReader
 from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import Listener, ignore
 from rsq_stream.model.block import Block
-from rsq_stream.ops.pool import single_threaded_products
-from rsq_stream.passes import Passes, require_finite
+from rsq_stream.pipeline.activations.calibration_pass import Passes, require_finite
 from rsq_stream.row_chunks import chunk_rows
-from rsq_stream.storage.activations import Slot
-from rsq_stream.storage.chunk_file import has_direct_io
-from rsq_stream.storage.shards import Checkpoint
-from rsq_stream.storage.slot_shape import SlotShape
+from rsq_stream.runtime.worker_pool import single_threaded_products
+from rsq_stream.storage.activation_cache import Slot
+from rsq_stream.storage.activation_shape import SlotShape
+from rsq_stream.storage.direct_io import has_direct_io
 
 _UNIT_TOKENS = 2048
 _LOGIT_TOKENS = 256

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.activation_fields import NOTHING, ActivationFields
-from rsq_stream.algorithm.activation_grid import rounded
-from rsq_stream.algorithm.hadamard import hadamard_product, largest_factor
-from rsq_stream.schemes import KEPT
+from rsq_stream.algorithm.activation_rounding import rounded
+from rsq_stream.algorithm.rotation.hadamard import hadamard_product, largest_factor
+from rsq_stream.config.activations import NOTHING, ActivationFields
+from rsq_stream.config.schemes import KEPT
 
 
 @dataclass(frozen=True)

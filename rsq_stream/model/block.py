@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import Family
 from rsq_stream.model.attention import NAME as ATTENTION
-from rsq_stream.model.online import NO_ROTATIONS, OnlineRotations
+from rsq_stream.model.online_rotation import NO_ROTATIONS, OnlineRotations
 
 
 def transformers_class(family: Family, suffix: str) -> type:

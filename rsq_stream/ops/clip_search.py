@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rsq_stream.ops.columns import ROUND
-from rsq_stream.ops.launch import (
+from rsq_stream.ops.column_layout import ROUND
+from rsq_stream.ops.cuda.cubin_cache import Kernel
+from rsq_stream.ops.cuda.launch import (
     ROWS_PER_BLOCK,
     WARP,
     by_rows,
@@ -23,7 +24,6 @@ from rsq_stream.ops.launch import (
     output,
     tabled,
 )
-from rsq_stream.ops.library import Kernel
 
 
 def best_scale(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.ops.launch import launch, output
-from rsq_stream.ops.library import Kernel
+from rsq_stream.ops.cuda.cubin_cache import Kernel
+from rsq_stream.ops.cuda.launch import launch, output
 
 _TILE = 64
 """Queries or keys of the kernel's tiles."""

@@ -13,8 +13,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from rsq_stream.ops.columns import TOGETHER, add_to_later, by_columns, nearest_codes
-from rsq_stream.ops.launch import (
+from rsq_stream.ops.column_layout import (
+    TOGETHER,
+    add_to_later,
+    by_columns,
+    nearest_codes,
+)
+from rsq_stream.ops.cuda.cubin_cache import Kernel
+from rsq_stream.ops.cuda.launch import (
     ROWS_PER_BLOCK,
     WARP,
     by_rows,
@@ -23,7 +29,6 @@ from rsq_stream.ops.launch import (
     output,
     tabled,
 )
-from rsq_stream.ops.library import Kernel
 
 
 def descend(

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.ops.launch import WARP, launch, output, shared_limit
-from rsq_stream.ops.library import Kernel
+from rsq_stream.ops.cuda.cubin_cache import Kernel
+from rsq_stream.ops.cuda.launch import WARP, launch, output, shared_limit
 
 _TYPES = (torch.float32, torch.bfloat16)
 _WIDEST_DENSE = 64

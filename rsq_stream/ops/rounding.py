@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from rsq_stream.ops.columns import nearest_codes
+from rsq_stream.ops.column_layout import nearest_codes
 
 
 class Rounded(NamedTuple):

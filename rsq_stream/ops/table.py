@@ -11,9 +11,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from rsq_stream.ops.clip_search import best_scale_kernel
-from rsq_stream.ops.columns import by_columns
+from rsq_stream.ops.column_layout import by_columns
+from rsq_stream.ops.column_sweep import Swept, sweep_kernel
 from rsq_stream.ops.descent import descend_kernel
-from rsq_stream.ops.sweep import Swept, sweep_kernel
 from rsq_stream.ops.table_loops import (
     best_table_scales,
     descend_table_columns,

@@ -5,7 +5,7 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-from rsq_stream.ops.columns import TOGETHER, add_to_later
+from rsq_stream.ops.column_layout import TOGETHER, add_to_later
 
 
 @numba.njit(nogil=True, cache=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rsq_stream.errors import DiskFullError, RsqError, ScratchError
-from rsq_stream.storage.steps import step
+from rsq_stream.storage.crash_points import step
 
 PARTIAL = ".partial"
 """Suffix of files that are not what their name says yet."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from rsq_stream.errors import ScratchError
 from rsq_stream.storage import atomic
-from rsq_stream.storage.journal_tables import SCHEMA, TABLES
-from rsq_stream.storage.steps import step
+from rsq_stream.storage.crash_points import step
+from rsq_stream.storage.journal_schema import SCHEMA, TABLES
 
 NAME = "journal.sqlite"
 

@@ -1,0 +1,127 @@
+"""``rsq-stream quantize``: the main job, resumable."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rsq_stream.events import LinearRecord
+
+from ..display.bits import explained, require_free, with_bits
+from ..display.findings import notices_of, warnings_of
+from ..display.forecast import compared, forecast, stage_table
+from ..display.progress import shown
+from ..display.serving import serving_of, serving_rows
+from ..display.text import duration, exact_size, facts, remark, say, say_aside, say_json
+from ..options.common import Debug, DryRun, Json, Model, Quiet
+from ..options.quantize_options import Job
+from ..options.resolve import Prepared, prepare
+from ..signals import StopRequest
+from .plan import as_object, show, warn_about_room
+
+if TYPE_CHECKING:
+    from rsq_stream.run_summary import RunSummary
+
+
+def quantize(
+    model: Model,
+    *,
+    job: Job,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model; the same command goes on where a run stopped."""
+    del debug
+    made = prepare(model, job, read_calibration=True)
+    silent = quiet or as_json
+    if job.bpw is not None:
+        require_free(made)
+        if not silent:
+            remark("notice", "measuring what bits cost; then the run itself")
+        with StopRequest() as stop, shown(silent=silent) as listener:
+            made, choice = with_bits(made, job.bpw, listener, stop.event)
+        if not silent:
+            say_aside(explained(made, choice))
+    warn_about_room(made)
+    if dry_run:
+        show(made, as_json=as_json)
+        return
+
+    from rsq_stream.pipeline.quantize import quantize as run
+
+    expected = forecast(made)
+    with StopRequest() as stop, shown(silent=silent) as listener:
+        summary = run(
+            made.checkpoint,
+            made.plan,
+            made.execution,
+            made.options,
+            made.windows,
+            listener=listener,
+            stop=stop.event,
+        )
+    stages = compared(made, expected, summary.stages)
+    _report(model, made, summary, stages, as_json=as_json, quiet=quiet)
+
+
+def _report(
+    model: str,
+    made: Prepared,
+    summary: "RunSummary",
+    stages: dict[str, dict[str, Any]],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Say what was made, what stands out in it, and what to do next."""
+    warnings = warnings_of(summary.records)
+    notices = notices_of(made.plan, summary.records)
+    for text in warnings:
+        remark("warning", text)
+    if as_json:
+        found = as_object(made) | {
+            "output": str(summary.output),
+            "output_bytes": summary.output_bytes,
+            "bits_per_weight": made.execution.bits_per_weight,
+            "seconds": summary.seconds,
+            "resumed_at": summary.resumed_at,
+            "stages": stages,
+            "warnings": warnings,
+            "notices": notices,
+            "linears": [dataclasses.asdict(record) for record in summary.records],
+        }
+        say_json(found)
+        return
+    if quiet:
+        return
+    for text in notices:
+        remark("notice", text)
+    loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
+    loader += "  # transformers, compressed-tensors"
+    if made.plan.needs_own_loader:
+        loader = f'rsq_stream.load_model("{summary.output}")  # and no other loader'
+    rows = {
+        "output": str(summary.output),
+        "size": exact_size(summary.output_bytes),
+        "bits per weight": f"{made.execution.bits_per_weight:.3f} over the whole model",
+        **_errors(summary.records),
+        "time": duration(summary.seconds),
+        **serving_rows(serving_of(made)),
+        "load it": loader,
+        "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
+    }
+    say(facts(rows))
+    if stages:
+        say(f"\n{stage_table(made, stages)}")
+
+
+def _errors(records: Sequence[LinearRecord]) -> dict[str, str]:
+    """Say how much the linears lost; nothing where none was quantized."""
+    if not records:
+        return {}
+    median = statistics.median(record.relative_error for record in records)
+    worst = max(records, key=lambda record: record.relative_error)
+    text = f"median {median:.4f}, worst {worst.relative_error:.4f} ({worst.name})"
+    return {"relative error": text}

@@ -1,0 +1,93 @@
+"""``--bpw``: measure what bits cost, choose them, and say what was chosen and why."""
+
+import dataclasses
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rsq_stream.events import Listener
+from rsq_stream.model.architecture import STAGES, block_prefix
+
+from ..options.resolve import Prepared
+from .text import facts
+
+if TYPE_CHECKING:
+    from rsq_stream.pipeline.bit_allocation.choose_bits import Choice
+
+
+def with_bits(
+    made: Prepared, bpw: float, listener: Listener, stop: threading.Event
+) -> tuple[Prepared, "Choice"]:
+    """Measure, unless that was done, and give the plan with the bits it chose."""
+    from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits
+    from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
+    from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
+
+    checkpoint, options = made.checkpoint, made.options
+    architecture = inspect_checkpoint(checkpoint)
+    measuring = measuring_plan(made.plan)
+    # Libraries and text that came since are in what each plan has to spare.
+    used = made.execution.used_bytes
+    assert made.windows is not None
+    costs = measure(
+        checkpoint,
+        measuring,
+        plan_execution(
+            checkpoint, architecture, measuring, options, measures=True, used_bytes=used
+        ),
+        options,
+        made.windows,
+        listener=listener,
+        stop=stop,
+    )
+    choice = choose_bits(checkpoint, architecture, made.plan, costs, bpw)
+    execution = plan_execution(
+        checkpoint, architecture, choice.plan, options, used_bytes=used
+    )
+    chosen = dataclasses.replace(made, plan=choice.plan, execution=execution)
+    return chosen, choice
+
+
+def as_choice(choice: "Choice") -> dict[str, Any]:
+    """Give what was chosen, and what is expected of it, as JSON takes it."""
+    return {
+        "bits_per_weight": choice.bits_per_weight,
+        "cost": choice.cost,
+        "uniform": {
+            str(bits): {"bits_per_weight": size, "cost": cost}
+            for bits, (size, cost) in choice.uniform.items()
+        },
+    }
+
+
+def require_free(made: Prepared) -> None:
+    """Refuse an output folder that the run itself would refuse, before measuring."""
+    from rsq_stream.output.folder_checks import require_usable
+    from rsq_stream.storage.journal import NAME
+
+    resuming = (made.options.work_dir / NAME).exists()
+    require_usable(made.options.output, resuming=resuming)
+
+
+def explained(made: Prepared, choice: "Choice") -> str:
+    """Write the choice: bits by block for each stage, and what it is expected to do."""
+    rows = {}
+    for stage in STAGES:
+        digits = [_bits(made, block, stage.linears[0]) for block in range(made.blocks)]
+        name = ", ".join(linear.rpartition(".")[2] for linear in stage.linears)
+        rows[name.replace("_proj", "")] = " ".join(digits)
+    chosen = f"{choice.bits_per_weight:.3f} bits per weight"
+    expected = {
+        f"all at {bits} bits": f"{cost:.4f} at {size:.3f} bits per weight"
+        for bits, (size, cost) in choice.uniform.items()
+    }
+    expected["as chosen"] = f"{choice.cost:.4f} at {chosen}"
+    return (
+        f"bits by block, for {chosen} over the whole model:\n{facts(rows)}\n\n"
+        "share of its output that each block loses, as measured, over all blocks:\n"
+        f"{facts(expected)}"
+    )
+
+
+def _bits(made: Prepared, block: int, linear: str) -> str:
+    own = made.plan.override(block_prefix(block) + linear)
+    return str(made.plan.bits if own is None else own.bits)

@@ -1,0 +1,1 @@
+"""Many runs from one file: places, workers, the table."""

@@ -1,0 +1,1 @@
+"""Quantize: Hessian, factor, solver, and what improves on it."""

@@ -1,0 +1,1 @@
+"""What codes stand for, one file a grid."""

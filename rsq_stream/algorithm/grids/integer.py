@@ -1,0 +1,201 @@
+"""Scalar grids: which values the codes of a group of weights can stand for.
+
+A code is 0 .. 2**bits - 1 and decodes to round_to_model_type(s (code - z)). On
+the symmetric grid z = 2**(bits-1), so the levels are -2**(bits-1) ..
+2**(bits-1) - 1 times s; a negative s mirrors them, at no cost in the format.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rsq_stream.ops.clip_search import best_scale
+from rsq_stream.ops.column_sweep import Swept, sweep
+from rsq_stream.ops.descent import descend
+from rsq_stream.ops.rounding import Rounded, round_columns
+from rsq_stream.ops.scale_search import Searched, search_scales
+
+CLIP_STEP = 0.01
+"""Candidate scales shrink by 1 % of the full range, as in the reference code."""
+
+
+@functools.cache
+def shrinking_shares(steps: int, device: torch.device) -> Float[Tensor, "P"]:
+    """Give the candidates' shares of a full range: 1.00, 0.99, ..."""
+    return 1 - CLIP_STEP * torch.arange(steps, dtype=torch.float32, device=device)
+
+
+def picked(
+    scale_RP: Float[Tensor, "R P"], best_R: Int[Tensor, "R"], *, mirrored: bool
+) -> Float[Tensor, "R"]:
+    """Give each row's best candidate, p of ``best_R`` itself and -1 - p its mirror."""
+    if not mirrored:
+        return scale_RP.gather(1, best_R[:, None])[:, 0]
+    index_R = torch.where(best_R < 0, -1 - best_R, best_R)
+    scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
+    return torch.where(best_R < 0, -scale_R, scale_R)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A family of grids; ``search`` picks scale and zero point for given weights.
+
+    These are the integers; ``table_grid.py`` has the others, of values in a table.
+    """
+
+    trials: ClassVar[tuple[float, ...]] = ()
+    """Shares of a row's searched scale that are tried too, by the loss they leave."""
+
+    bits: int
+    symmetric: bool
+    signed_scales: bool
+    clip_exponent: float
+    clip_steps: int
+    storage_type: torch.dtype
+    """Type of stored scales and of decoded weights: the model's."""
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def _mirrored(self) -> bool:
+        """Whether negative scales are tried."""
+        return self.symmetric and self.signed_scales
+
+    def search(
+        self, target_RC: Float[Tensor, "R C"]
+    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
+        """Give scale and zero point per row; scales are exact in the stored type.
+
+        Candidates are full range times 1.00, 0.99, ... (``clip_steps`` of them),
+        rounded to the stored type before they are tried. A row of zeros gets
+        the scale 1.
+        """
+        if target_RC.is_cuda:
+            return self.search_naive(target_RC)
+        by = Searched(
+            shrinking_shares(self.clip_steps, target_RC.device),
+            self.bits,
+            self.symmetric,
+            self._mirrored,
+            self.clip_exponent,
+            self.storage_type,
+        )
+        return search_scales(target_RC, by)
+
+    def search_naive(
+        self, target_RC: Float[Tensor, "R C"]
+    ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
+        """Do the same step by step, all rows at once, on any device."""
+        low_R, high_R = target_RC.amin(dim=1), target_RC.amax(dim=1)
+        if self.symmetric:
+            full_R = torch.maximum(-low_R, high_R) / (2 ** (self.bits - 1) - 1)
+            zero_R = torch.full_like(full_R, 2 ** (self.bits - 1))
+        else:
+            low_R, high_R = low_R.clamp(max=0), high_R.clamp(min=0)
+            full_R = (high_R - low_R) / self.top
+            safe_R = torch.where(full_R > 0, full_R, 1.0)
+            zero_R = torch.round(-low_R / safe_R).clamp(0, self.top)
+        shares_P = shrinking_shares(self.clip_steps, target_RC.device)
+        scale_RP = self.stored_sizes(full_R[:, None] * shares_P)
+        best_R = best_scale(
+            target_RC, scale_RP, zero_R, self.top, self.clip_exponent, self._mirrored
+        )
+        return picked(scale_RP, best_R, mirrored=self._mirrored), zero_R
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """Round scales of either sign to the stored type."""
+        return scale.sign() * self.stored_sizes(scale.abs())
+
+    def stored_sizes(self, scale: Tensor) -> Tensor:
+        """Round scales of no sign; what would be stored as 0 or infinity is mended."""
+        info = torch.finfo(self.storage_type)
+        # Whole levels must be finite too: fp16 ends at 65504.
+        largest = info.max / (self.top + 1)
+        stored = scale.clamp(max=largest).to(self.storage_type).float()
+        return torch.where(scale > 0, stored.clamp_(min=info.tiny), 1.0)
+
+    def levels(
+        self, scale_R: Float[Tensor, "R"], zero_R: Float[Tensor, "R"]
+    ) -> Float[Tensor, "R L"]:
+        """Give what each code decodes to, per row, as a loader computes it."""
+        code_L = torch.arange(self.top + 1, dtype=torch.float32, device=scale_R.device)
+        return self.rounded((code_L - zero_R[:, None]) * scale_R[:, None])
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Round to the model's type and come back to fp32."""
+        return weight.to(self.storage_type).float()
+
+    def nearest(
+        self,
+        target_RC: Float[Tensor, "R C"],
+        scale_R: Float[Tensor, "R"],
+        zero_R: Float[Tensor, "R"],
+    ) -> Float[Tensor, "R C"]:
+        """Give the codes of plain rounding to nearest, as fp32 whole numbers."""
+        code_RC = torch.round(target_RC * (1.0 / scale_R)[:, None]) + zero_R[:, None]
+        return code_RC.clamp(0, self.top)
+
+    def round(
+        self,
+        weight_RC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> Rounded:
+        """Round a block of columns plainly (``ops/rounding.py``)."""
+        return round_columns(weight_RC, scale_R, zero_R, level_RL)
+
+    def units(self, code: Tensor, zero: Tensor) -> Tensor:
+        """Give what codes stand for before the scale."""
+        return code.float() - zero
+
+    def sweep(
+        self,
+        target_RC: Tensor,
+        weight_RC: Tensor,
+        upper_CC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> Swept:
+        """Quantize a block of columns (``ops/sweep.py``)."""
+        return sweep(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
+
+    def descend(
+        self,
+        code_RC: Tensor,
+        pull_RC: Tensor,
+        hessian_CC: Tensor,
+        scale_R: Tensor,
+        zero_R: Tensor,
+        level_RL: Tensor,
+    ) -> Tensor:
+        """Give better codes for a block of columns (``ops/descent.py``)."""
+        return descend(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
+
+    def decode(
+        self, code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor
+    ) -> Float[Tensor, "O I"]:
+        """Give the weights as a loader will see them, fp32."""
+        return decode(code_OI, scale_OG, zero_OG, self.storage_type)
+
+
+def decode(
+    code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, storage_type: torch.dtype
+) -> Float[Tensor, "O I"]:
+    """Compute round_to_model_type(s (code - z)) for a whole linear, in fp32.
+
+    Shapes: codes ``[O, I]`` (any whole-number type), scales and zero points
+    ``[O, G]`` with I divisible by G.
+    """
+    outputs, inputs = code_OI.shape
+    code_OGC = code_OI.reshape(outputs, scale_OG.shape[1], -1).float()
+    weight_OGC = (code_OGC - zero_OG[:, :, None].float()) * scale_OG[:, :, None].float()
+    return weight_OGC.reshape(outputs, inputs).to(storage_type).float()

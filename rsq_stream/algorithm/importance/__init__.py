@@ -1,0 +1,1 @@
+"""Scale: how much each calibration token counts, one file a strategy."""

@@ -1,0 +1,1 @@
+"""Rotate: Hadamard matrices, and orthogonal matrices made of them."""

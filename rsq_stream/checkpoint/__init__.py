@@ -1,0 +1,1 @@
+"""Model folders, read: a source, or what this tool made."""

@@ -1,0 +1,1 @@
+"""How an output is stored, one file a format."""

@@ -1,0 +1,233 @@
+"""``quantization_config`` of a config.json: how it is written, and read back.
+
+Linears are named by patterns that a loader matches against the names of its modules:
+one for a linear of all blocks, or of those blocks that share a scheme.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.schemes import (
+    COMPRESSED_TENSORS,
+    GRID_FORMAT,
+    GROUP_SIZES,
+    HEAD_LINEAR,
+    INTEGER,
+    LATTICE,
+    NORMAL_FLOAT,
+    Scheme,
+)
+from rsq_stream.errors import UnsupportedModelError
+from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
+from rsq_stream.model.online_rotation import KEY, written_rotations
+
+FORMAT = "pack-quantized"
+_OWN_GRIDS = (NORMAL_FLOAT, LATTICE)
+_OURS = {
+    "type": ("int",),
+    "strategy": ("channel", "group"),
+    "dynamic": (False, None),
+    "actorder": (None, "weight", "static"),
+}
+"""What we write, or what means the same; anything else would be read wrongly."""
+_HEAD_PATTERN = f"re:.*{HEAD_LINEAR}$"
+
+
+def quantization_config(
+    architecture: Architecture, plan: QuantizationPlan
+) -> dict[str, Any]:
+    """Give the ``quantization_config`` of the output's config.json; empty for none.
+
+    With a full rotation its ``quant_method`` is null, which every loader refuses: of
+    one that is merely unknown, transformers warns and goes on with random weights.
+    """
+    found = {} if plan.method == "rotate" else _compressed(architecture, plan)
+    if plan.rotates_online:
+        found |= {"quant_method": None, KEY: written_rotations(plan, architecture)}
+    return found
+
+
+def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str, Any]:
+    """Say how compressed-tensors finds the linears, and their schemes."""
+    targets: dict[Scheme | None, list[str]] = {}
+    for linear in LINEARS:
+        inputs = architecture.linear_shape(linear)[1]
+        blocks: dict[Scheme | None, list[int]] = {}
+        for block in range(architecture.blocks):
+            scheme = plan.scheme(block_prefix(block) + linear, inputs)
+            blocks.setdefault(scheme, []).append(block)
+        for scheme, members in blocks.items():
+            some = None if len(blocks) == 1 else members
+            targets.setdefault(scheme, []).append(_pattern(linear, some))
+    head = plan.scheme(HEAD_LINEAR, architecture.width)
+    if len(targets) == 1 and None not in targets and head is None:
+        targets = {scheme: ["Linear"] for scheme in targets}
+    ignored = targets.pop(None, [])
+    if head is None:
+        ignored = [HEAD_LINEAR, *ignored]
+    else:
+        targets.setdefault(head, []).append(_HEAD_PATTERN)
+    if plan.grid != INTEGER:
+        return _own_format(plan.grid, targets, ignored)
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{number}": {
+                "targets": patterns,
+                "weights": _weight_arguments(scheme),
+                "input_activations": None,
+                "output_activations": None,
+                "format": FORMAT,
+            }
+            for number, (scheme, patterns) in enumerate(targets.items())
+            if scheme is not None
+        },
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _own_format(
+    grid: str, targets: Mapping[Scheme | None, list[str]], ignored: list[str]
+) -> dict[str, Any]:
+    """Describe a grid that no runtime reads.
+
+    Of an unknown ``quant_method`` transformers only warns, and goes on with random
+    weights; of null it says that the model is not quantized as it should be, and stops.
+    """
+    return {
+        "quant_method": None,
+        "format": GRID_FORMAT,
+        "grid": grid,
+        "config_groups": {
+            f"group_{number}": {
+                "targets": patterns,
+                "weights": {
+                    "num_bits": scheme.bits,
+                    "group_size": None
+                    if scheme.group_size == -1
+                    else scheme.group_size,
+                },
+            }
+            for number, (scheme, patterns) in enumerate(targets.items())
+            if scheme is not None
+        },
+        "ignore": ignored,
+        "load_with": "rsq_stream.load_model",
+    }
+
+
+def _pattern(linear: str, blocks: Iterable[int] | None) -> str:
+    """Give the pattern of a linear in all blocks (None) or in some."""
+    name = re.escape(linear)
+    if blocks is None:
+        return f"re:.*{name}$"
+    return rf"re:.*layers\.(?:{'|'.join(map(str, blocks))})\.{name}$"
+
+
+def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    channel = scheme.group_size == -1
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else scheme.group_size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def schemes_of(
+    config: Mapping[str, Any], blocks: int, where: str
+) -> dict[str, Scheme | None] | None:
+    """Give each linear's scheme by its full name, None for one that is kept.
+
+    For a model that is not quantized there is None in all. The head is among them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The checkpoint is quantized in another way than this tool writes.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None or quantization.keys() == {"quant_method", KEY}:
+        return None  # in the second case it is rotated
+    names = {block_prefix(b) + linear for b in range(blocks) for linear in LINEARS}
+    found: dict[str, Scheme | None] = {}
+    try:
+        grid = _grid_of(quantization)
+        for group in quantization["config_groups"].values() if grid else ():
+            scheme = _scheme(group["weights"], grid)
+            for target in group["targets"]:
+                if scheme is not None:
+                    found.update(dict.fromkeys(_named(target, blocks), scheme))
+        for target in quantization["ignore"] if found else ():
+            found.update(dict.fromkeys(_named(target, blocks), None))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = {}
+    if set(found) != names | {HEAD_LINEAR}:
+        raise UnsupportedModelError(
+            f"{where}: its quantization_config is not {FORMAT} of the linears of its"
+            " blocks, as this tool writes it"
+        )
+    return found
+
+
+def _grid_of(quantization: Mapping[str, Any]) -> str | None:
+    """Give the grid of the codes; None for a format that this tool does not write."""
+    if quantization["format"] == FORMAT:
+        return INTEGER
+    own = quantization["format"] == GRID_FORMAT
+    return quantization["grid"] if own and quantization["grid"] in _OWN_GRIDS else None
+
+
+def _scheme(weights: Mapping[str, Any], grid: str | None) -> Scheme | None:
+    """Read a scheme; None for one that this tool would not write."""
+    integer = grid == INTEGER
+    if integer and any(weights.get(key) not in wanted for key, wanted in _OURS.items()):
+        return None
+    scheme = Scheme(
+        int(weights["num_bits"]),
+        int(weights["group_size"] or -1),
+        bool(weights["symmetric"]) if integer else True,
+        grid or INTEGER,
+    )
+    known = 2 <= scheme.bits <= 8 and scheme.group_size in GROUP_SIZES
+    if grid == LATTICE:
+        known = (scheme.bits, scheme.group_size) == (2, -1)
+    return scheme if known else None
+
+
+_TARGET = re.compile(
+    r"re:\.\*(?:layers\\\.\(\?:(?P<blocks>[\d|]+)\)\\\.)?(?P<name>.+)\$"
+)
+"""What ``_pattern`` gives; patterns of a file are compared, never run."""
+
+
+def _named(target: str, blocks: int) -> list[str]:
+    """Give the full names that a target stands for; none if it is not one of ours."""
+    if target in (HEAD_LINEAR, _HEAD_PATTERN):
+        return [HEAD_LINEAR]
+    wanted: Iterable[int] = range(blocks)
+    linears = [target]
+    if target == "Linear":
+        linears = [re.escape(linear) for linear in LINEARS]
+    elif found := _TARGET.fullmatch(target):
+        linears = [found["name"]]
+        if found["blocks"] is not None:
+            wanted = [int(block) for block in found["blocks"].split("|")]
+    return [
+        block_prefix(block) + linear
+        for linear in LINEARS
+        if re.escape(linear) in linears
+        for block in wanted
+    ]

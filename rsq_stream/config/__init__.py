@@ -1,0 +1,1 @@
+"""What is asked for, as frozen data: plans, options, and how they are checked."""

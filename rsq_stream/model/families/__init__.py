@@ -1,0 +1,1 @@
+"""The families of decoders that are supported, one file each."""

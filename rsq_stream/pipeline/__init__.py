@@ -1,0 +1,1 @@
+"""The run: block after block, durable at every step."""

@@ -1,0 +1,1 @@
+"""Calibration activations on their way through the blocks."""

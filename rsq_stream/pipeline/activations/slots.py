@@ -1,0 +1,157 @@
+"""Where the activations of a run lie: a block's input, h in between, its output.
+
+Inputs and outputs of successive blocks take turns in two slots; h has a third.
+None is overwritten while a resumed run may still need it: a block's input lives
+until the block is journalled, h until the next block's third stage.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsq_stream.calibration.text import Windows
+from rsq_stream.config.execution_plan import ExecutionPlan
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.events import Listener, Notice
+from rsq_stream.runtime.copy_stream import CopyStream, SideStream
+from rsq_stream.runtime.transfers import Inbound, Outbound, Transit
+from rsq_stream.storage import atomic
+from rsq_stream.storage.activation_cache import Slot
+from rsq_stream.storage.activation_shape import slot_shape
+from rsq_stream.storage.direct_io import has_direct_io
+
+CPU = torch.device("cpu")
+TURNS = ("even", "odd", "h")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of one block."""
+
+    x: Slot
+    h: Slot
+    x_next: Slot
+    resident: int
+    """Units whose attention output stays in memory; others compute it again."""
+    mlp_units: int
+    """The same of the MLP's inner activation."""
+
+
+STREAMS = ("", "full-")
+"""What the folders of a stream begin with: the quantized, the full-precision one."""
+
+
+class RunSlots:
+    """The slots of a run in its work folder: three for each of its streams."""
+
+    def __init__(
+        self,
+        plan: QuantizationPlan,
+        width: int,
+        execution: ExecutionPlan,
+        work_dir: Path,
+        listener: Listener,
+        device: torch.device = CPU,
+    ) -> None:
+        """Lay them out; those of a run on a GPU are read and written beside it."""
+        self.shape = slot_shape(plan, width)
+        with atomic.explained(work_dir):
+            direct = has_direct_io(work_dir)
+        if not direct:
+            text = f"{work_dir}: no direct I/O here, so writes are buffered and fsynced"
+            listener(Notice(text=text))
+        self._resident = execution.resident_units
+        self._mlp_units = execution.mlp_units
+        sizes = self.shape.unit_bytes, execution.in_flight
+        self._transits = [
+            Transit(Inbound(come, *sizes), Outbound(go, *sizes))
+            for _ in range(plan.streams)
+            if (come := copy_stream(device)) and (go := copy_stream(device))
+        ]
+        ways: Sequence[Transit | None] = self._transits or [None] * plan.streams
+        self._streams = [
+            [
+                Slot(
+                    work_dir / f"{stream}{name}",
+                    self.shape,
+                    self._resident,
+                    execution.in_flight,
+                    direct=direct,
+                    transit=transit,
+                )
+                for name in TURNS
+            ]
+            for stream, transit in zip(STREAMS, ways, strict=False)
+        ]
+
+    def inputs_of(self, block: int) -> list[Slot]:
+        """Give each stream's slot with a block's input, the output of the last."""
+        return [turns[block % 2] for turns in self._streams]
+
+    def release_inputs_of(self, block: int) -> None:
+        """Let go of the memory of a finished block's input, long before its next turn.
+
+        It stays on disk: to make a damaged output again takes it.
+        """
+        for slot in self.inputs_of(block):
+            slot.release()
+
+    def of_block(self, block: int) -> list[Slots]:
+        """Give a block's slots, by stream."""
+        return [
+            Slots(
+                x=turns[block % 2],
+                h=turns[2],
+                x_next=turns[(block + 1) % 2],
+                # To bring it from the host would take a GPU as long as to compute it,
+                # and would be waited for.
+                resident=0 if self._transits else self._resident,
+                mlp_units=self._mlp_units,
+            )
+            for turns in self._streams
+        ]
+
+    def close(self) -> None:
+        """Stop the threads that read and write."""
+        for transit in self._transits:
+            transit.inbound.close()
+        for turns in self._streams:
+            for slot in turns:
+                slot.close()
+
+
+def copies_aside(device: torch.device) -> bool:
+    """Whether there is something to gain from copies beside the compute."""
+    return device.type == "cuda"
+
+
+def copy_stream(device: torch.device) -> CopyStream | None:
+    """Give a stream for copies to or from a GPU; none where the host computes."""
+    return SideStream(device) if copies_aside(device) else None
+
+
+def embed(
+    slots: Sequence[Slot],
+    windows: Windows,
+    rows: Callable[[Tensor], Tensor],
+    check: Callable[[], None],
+) -> None:
+    """Write the first block's input, durably: the same for all streams.
+
+    ``rows`` gives rows of the embedding by their numbers, which ascend.
+    """
+    for slot in slots:
+        slot.renew()
+    shape = slots[0].shape
+    for unit in range(shape.units):
+        check()
+        token_BT = windows.tokens(unit * shape.unit_sequences, shape.unit_sequences)
+        token_N, place_BT = token_BT.unique(return_inverse=True)
+        x_BTD = rows(token_N)[place_BT].to(shape.dtype)
+        for slot in slots:
+            slot.write(unit, x_BTD, durable=True)
+    for slot in slots:
+        slot.flush(durable=True)

@@ -1,0 +1,1 @@
+"""What bits cost each linear, measured, and the cheapest choice."""

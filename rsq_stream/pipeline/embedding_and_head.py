@@ -1,0 +1,75 @@
+"""What lies outside the blocks, as the output stores it: embedding, norm, head.
+
+They are read from the source whenever they are asked for, and come in chunks of rows:
+none is kept in memory, and of a large vocabulary none is ever whole there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rsq_stream.algorithm.gptq.solver import round_to_nearest
+from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
+from rsq_stream.checkpoint.source import Source
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.schemes import HEAD_LINEAR
+from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.pipeline.linear_schemes import make_grid
+from rsq_stream.runtime.worker_pool import Pool
+
+Chunk = dict[str, Tensor]
+"""The next rows of one or more tensors of the output, by name."""
+_SHAPE = f"{HEAD_LINEAR}.weight_shape"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The tensors of the output that belong to no block."""
+
+    source: Source
+    plan: QuantizationPlan
+    pool: Pool
+
+    def embedding(self) -> Iterator[Chunk]:
+        """Give the embedding."""
+        for weight_RD in self.source.embedding():
+            yield {EMBEDDING: weight_RD}
+
+    def norm(self) -> Iterator[Chunk]:
+        """Give the gain of the norm before the head."""
+        yield {FINAL_NORM: self.source.final_norm()}
+
+    def head(self) -> Iterator[Chunk]:
+        """Give the head, rounded to codes where the plan says so; none if tied."""
+        if self.source.head_is_tied:
+            return
+        shape = self.source.head_shape
+        scheme = self.plan.scheme(HEAD_LINEAR, shape[1])
+        for weight_RD in self.source.head():
+            if scheme is None:
+                yield {HEAD: weight_RD}
+                continue
+            solution = round_to_nearest(
+                weight_RD.float(),
+                make_grid(self.plan, scheme.bits, weight_RD.dtype),
+                scheme.group_size,
+                self.plan.tile_rows_of(shape[1]),
+                self.pool,
+            )
+            codes = encode_linear(HEAD_LINEAR, solution, scheme, weight_RD.dtype)
+            del codes[_SHAPE]  # that of the chunk
+            yield codes
+        if scheme is not None:
+            yield {_SHAPE: torch.tensor(shape)}
+
+    def tensor(self, name: str) -> Iterator[Chunk] | None:
+        """Give one of them by its name in the output; None for any other."""
+        if name == EMBEDDING:
+            return self.embedding()
+        if name == FINAL_NORM:
+            return self.norm()
+        if name.startswith(f"{HEAD_LINEAR}."):
+            return ({name: chunk[name]} for chunk in self.head() if name in chunk)
+        return None

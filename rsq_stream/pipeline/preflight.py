@@ -1,0 +1,132 @@
+"""Solve the largest linear once with random data: what memory cannot hold fails now.
+
+Not hours later, when the first block comes to it. Nothing is kept.
+"""
+
+import torch
+from torch import Tensor
+
+from rsq_stream.algorithm.gptq.error_propagation import Drift
+from rsq_stream.algorithm.gptq.hessian import Hessian
+from rsq_stream.algorithm.gptq.ldl import factorise
+from rsq_stream.algorithm.gptq.solver import solve
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.schemes import Scheme
+from rsq_stream.errors import BudgetError
+from rsq_stream.events import Notice
+from rsq_stream.model.architecture import STAGES, Architecture, block_prefix, role
+from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.linear_schemes import make_grid
+
+LEAST_INPUTS = 2048
+"""Smaller linears are not worth it: their memory is not what a run fails for."""
+_TOKENS = 64
+"""Enough for a Hessian; damping makes it positive definite."""
+
+
+def largest_linear(architecture: Architecture, plan: QuantizationPlan) -> str | None:
+    """Give the solved linear of the first block that has the most inputs, if any."""
+    if not plan.needs_calibration:
+        return None
+    found = [
+        linear
+        for linear, inputs in architecture.linear_inputs().items()
+        if plan.scheme(block_prefix(0) + linear, inputs) is not None
+    ]
+    return max(found, key=architecture.linear_inputs().__getitem__, default=None)
+
+
+def worth_trying(architecture: Architecture, plan: QuantizationPlan) -> bool:
+    """Whether the largest linear is large enough to fail for memory."""
+    linear = largest_linear(architecture, plan)
+    return linear is not None and (architecture.linear_shape(linear)[1] >= LEAST_INPUTS)
+
+
+def try_largest(
+    architecture: Architecture,
+    plan: QuantizationPlan,
+    device: torch.device,
+    passes: Passes,
+) -> None:
+    """Accumulate, factorise and solve as a run will, but a tile of rows a worker.
+
+    Raises
+    ------
+    BudgetError
+        Memory ran out.
+    """
+    linear = largest_linear(architecture, plan)
+    if linear is None:
+        return
+    shape = architecture.linear_shape(linear)
+    what = f"{role(linear)}, {shape[1]} inputs"
+    passes.listener(Notice(text=f"trying the largest linear first: {what}"))
+    scheme = plan.scheme(block_prefix(0) + linear, shape[1])
+    assert scheme is not None
+    alone = any(stage.linears == (linear,) for stage in STAGES)
+    try:
+        _solve_once(shape, scheme, plan, device, passes, alone=alone)
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out(error):
+            raise
+        raise BudgetError(
+            f"memory ran out while the largest linear ({what}) was solved with random"
+            " data; free some of it, or give a larger --vram or --ram"
+        ) from error
+
+
+def _solve_once(
+    shape: tuple[int, int],
+    scheme: Scheme,
+    plan: QuantizationPlan,
+    device: torch.device,
+    passes: Passes,
+    *,
+    alone: bool,
+) -> None:
+    (outputs, inputs), pool = shape, passes.pool
+    random = torch.Generator().manual_seed(0)
+    compute = getattr(torch, plan.compute_type)
+    x_TI = torch.randn(_TOKENS, inputs, generator=random).to(device, compute)
+    weight_T = torch.ones(_TOKENS, device=device)
+    hessian = Hessian(inputs, plan.hessian_panel, device)
+    hessian.add([(x_TI, weight_T)], pool)
+    drift = None
+    if plan.streams > 1:
+        # Linears that share an input share C - H, others have a G of their own.
+        rows = outputs if alone else None
+        drift = Drift(rows, inputs, plan.hessian_panel, device)
+        error_TR = torch.randn(_TOKENS, rows or inputs, generator=random).to(device)
+        drift.add([(error_TR, x_TI)], pool)
+    factor = factorise(
+        hessian, max(plan.damping, plan.damping_for(inputs)), plan.tile_columns, pool
+    )
+    tile_rows = plan.tile_rows_of(inputs)
+    taken = min(outputs, tile_rows * pool.workers)
+    weight_OI = torch.randn(taken, inputs, generator=random)
+
+    def target(weight_RI: Tensor, rows: slice) -> Tensor:
+        if drift is None:
+            return weight_RI
+        share = plan.propagate or 1.0
+        return drift.correction(weight_RI, rows, factor, share).add_(weight_RI)
+
+    solve(
+        weight_OI,
+        factor,
+        make_grid(plan, scheme.bits, torch.bfloat16),
+        scheme.group_size,
+        dynamic_scales=plan.group_scales == "dynamic",
+        tile_rows=tile_rows,
+        pool=pool,
+        sweeps=plan.sweeps,
+        refit=plan.refit,
+        target=target,
+    )
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Tell lack of memory from other errors: on a host torch has no type for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error)

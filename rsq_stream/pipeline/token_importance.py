@@ -1,0 +1,94 @@
+"""How much each token of a unit counts, as a plan has it."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rsq_stream.algorithm import token_scores
+from rsq_stream.algorithm.importance._weighting import (
+    Weighting,
+    chosen_tokens,
+    mean_one,
+    rounded,
+)
+from rsq_stream.calibration.text import Windows
+from rsq_stream.config.importance import HARD
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.model.block import Block
+
+
+@dataclass(frozen=True)
+class TokenImportance:
+    """The strategy of a plan; made once a run."""
+
+    plan: QuantizationPlan
+    windows: Windows
+    count_V: Tensor | None
+    """How often each token is in the calibration set, for ``tokenfreq``."""
+
+    def weights(
+        self, unit: int, block: Block, x_BTD: Tensor, a_BTD: Tensor
+    ) -> Float[Tensor, "B T"]:
+        """Give a unit's weights: mean 1 per sequence, in bf16 unless exact.
+
+        ``x_BTD`` is the block's input, ``a_BTD`` that of its q, k, v; the block must
+        hold the source's weights.
+        """
+        plan = self.plan
+        if plan.importance in HARD:
+            kept = plan.kept_ranges(plan.sequence_length)
+            sequences, tokens = x_BTD.shape[0], x_BTD.shape[1]
+            weight_BT = chosen_tokens(sequences, tokens, kept, x_BTD.device)
+            weight_BT = mean_one(weight_BT)
+            return weight_BT if plan.importance_exact else rounded(weight_BT)
+        weighting = Weighting(
+            minimum=plan.importance_min,
+            maximum=plan.importance_max,
+            power=plan.importance_power,
+            visible=plan.importance_visible,
+            transform=plan.importance_transform,
+            quantile=plan.importance_quantile,
+            skip=plan.importance_skip,
+            mask=plan.importance_mask,
+            truncate=plan.importance_truncate,
+            bins=plan.importance_bins,
+            reverse=plan.importance_reverse,
+            exact=plan.importance_exact,
+        )
+        return weighting.weights(self._scores(unit, block, x_BTD, a_BTD))
+
+    def _scores(
+        self, unit: int, block: Block, x_BTD: Tensor, a_BTD: Tensor
+    ) -> Float[Tensor, "B T"]:
+        kind = self.plan.importance
+        if kind == "attncon":
+            return block.column_sums(a_BTD)
+        if kind == "actnorm":
+            return token_scores.norm(x_BTD)
+        if kind == "tokensim":
+            return token_scores.dissimilarity(x_BTD)
+        if kind == "cluster":
+            return token_scores.cluster_distance(x_BTD)
+        if kind == "tokenfreq":
+            assert self.count_V is not None
+            count = self.plan.unit_sequences
+            token_BT = self.windows.tokens(unit * count, count)
+            score_BT = token_scores.rarity(token_BT, self.count_V)
+            # The host waits for its copy to be taken over, not for the GPU.
+            return score_BT.to(x_BTD.device, non_blocking=True)
+        output_BTD = block.forward(x_BTD)
+        if kind == "actnorm-output":
+            return token_scores.norm(output_BTD)
+        return token_scores.steadiness(x_BTD, output_BTD)
+
+
+def make_importance(plan: QuantizationPlan, windows: Windows) -> TokenImportance:
+    """Make the strategy of a plan; counts tokens where that is asked for.
+
+    Counts are those of the expanded set: each rolled copy has a window's tokens again.
+    """
+    counts = None
+    if plan.importance == "tokenfreq":
+        counts = windows.window_BT.flatten().bincount() * windows.expand
+    return TokenImportance(plan, windows, counts)

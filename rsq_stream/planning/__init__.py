@@ -1,0 +1,1 @@
+"""What is decided before the first block: plans, memory, time, devices."""

@@ -1,0 +1,1 @@
+"""How much memory each stage of a run takes."""

@@ -1,0 +1,292 @@
+"""The memory of each stage of a block, from sizes alone: nothing is allocated here.
+
+A block is read and rotated; then each of its four stages makes a pass over the units,
+factorises its Hessian and solves its linears one by one; a last pass writes the
+block's outputs. On a GPU the device holds what is computed with, and the host the
+solver's fp32 weights and the units on their way; elsewhere the host holds all of it.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from rsq_stream.algorithm.gptq.ldl import wide_blocks
+from rsq_stream.config.execution_plan import StageMemory
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.model.architecture import (
+    LINEARS,
+    STAGES,
+    WRITES_H,
+    Architecture,
+    Stage,
+    block_prefix,
+    role,
+)
+from rsq_stream.planning.memory.embedding import (
+    largest_linear,
+    outer_bytes,
+    rotation_bytes,
+)
+from rsq_stream.planning.memory.forward import forward_bytes, unit_bytes
+from rsq_stream.planning.memory.solver import solving_bytes
+from rsq_stream.runtime.transfers import pinned_total, staged_bytes
+
+FP32 = 4
+_OUTSIDE, _READING = "embedding and head", "read and rotate"
+"""The stages in which no next block is read."""
+TOKEN_BYTES = 4
+"""A token of the calibration set (``calibration.py``)."""
+ROUNDING_BYTES = 2 * FP32 + 3 * 8
+"""Bytes of a weight while it is rounded alone, its error's energy in fp64."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A plan on a device, with so many units in flight: what each stage takes."""
+
+    architecture: Architecture
+    plan: QuantizationPlan
+    source_type: torch.dtype
+    in_flight: int
+    workers: int
+    on_gpu: bool
+    streams_weights: bool = False
+    """On a GPU, a block's linears lie in host memory, and are fetched for each use."""
+    keeps_weights: bool = False
+    """On a GPU, the solver's fp32 weights stay there, not in host memory."""
+    reads_ahead: bool = False
+    """On a GPU, the next block is read into host memory while this one computes."""
+
+    def stages(self) -> tuple[StageMemory, ...]:
+        """Give all stages, in their order."""
+        found = [self._outside(), self._reading()]
+        if not self.plan.needs_calibration:
+            return (*found, self._rounding())
+        solved: list[str] = []
+        for number, stage in enumerate(STAGES):
+            found.append(self._pass(number, stage, solved))
+            found.append(self._factorising(stage, solved))
+            for linear in stage.linears:
+                found.append(self._solving(stage, linear, solved))
+                solved.append(linear)
+        found.append(self._outputs(solved))
+        return tuple(found)
+
+    def _made(self, name: str, device: int, host: int) -> StageMemory:
+        """Put a stage together; without a GPU the host has the device's part too."""
+        device, host = device + self._token_weights, host + self._windows
+        if self.on_gpu:
+            if self.plan.needs_calibration:  # they are there all the time
+                host += pinned_total(*self._flight)
+            if self.reads_ahead and name not in (_OUTSIDE, _READING):
+                host += self._stored
+            return StageMemory(name, device, host)
+        return StageMemory(name, 0, device + host)
+
+    def _outside(self) -> StageMemory:
+        """Count a chunk of embedding or head; and the windows, as written to a file."""
+        chunks = outer_bytes(self.architecture, self.plan)
+        device = chunks if self.on_gpu else 0
+        return self._made(_OUTSIDE, device, max(chunks, 2 * self._windows))
+
+    def _reading(self) -> StageMemory:
+        """Count a block as stored, in fp32, and what a linear's rotation takes."""
+        kind, whole = self.source_type.itemsize, FP32 * self._block_entries
+        rotation = rotation_bytes(
+            self.architecture, self.plan, kind, on_gpu=self.on_gpu
+        )
+        return self._made(_READING, whole + rotation, self._stored)
+
+    def _rounding(self) -> StageMemory:
+        """Count for rounding alone the block in fp32, and what a linear takes."""
+        largest = largest_linear(self.architecture)
+        block = FP32 * self._block_entries
+        if self.streams_weights:
+            return self._made("round", (FP32 + ROUNDING_BYTES) * largest, block)
+        return self._made("round", block + ROUNDING_BYTES * largest, 0)
+
+    def _pass(self, number: int, stage: Stage, solved: list[str]) -> StageMemory:
+        """Count the stage's statistics, and units on their way through the block."""
+        plan, tokens = self.plan, self._unit_tokens
+        inputs, outputs = self._inputs(stage), self._outputs_of(stage)
+        held = self._compute_size * tokens * inputs
+        errors = 0
+        if plan.streams > 1:
+            errors = FP32 * tokens * (outputs if len(stage.linears) == 1 else inputs)
+        through = unit_bytes(
+            self.architecture, plan, number, self._compute_size, on_gpu=self.on_gpu
+        )
+        panel = min(plan.hessian_panel, inputs)
+        product = FP32 * panel * tokens
+        if self.on_gpu:  # the two terms of the errors too, all panels at once
+            product = max(product, errors)
+        concurrent = min(self.workers, self.in_flight)
+        # Units that wait for the others, and those at work; then products of all.
+        waiting = (self.in_flight - concurrent) * (held + errors)
+        device = self._weights(solved) + self._statistics(stage)
+        device += max(
+            waiting + concurrent * through,
+            self.in_flight * (held + errors) + self.workers * product,
+        )
+        device += self._staged(plan.streams if number == WRITES_H else 0)
+        host = self._solver_weights(solved) + self._host_units()
+        return self._made(f"{stage.name}: pass", device, host)
+
+    def _factorising(self, stage: Stage, solved: list[str]) -> StageMemory:
+        """Count H, which becomes its factor in place, and its diagonal blocks."""
+        inputs = self._inputs(stage)
+        device = self._weights(solved, used=False) + self._statistics(stage)
+        device += self._aside(inputs) + 2 * FP32 * self.plan.tile_columns * inputs
+        if self.plan.act_order:  # its other half, and columns in another order
+            device += 3 * FP32 * inputs * inputs
+        host = self._solver_weights(solved)
+        return self._made(f"{stage.name}: factorise", device, host)
+
+    def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
+        """Count the factor, and what the linear takes: ``solver_memory.py``."""
+        shape = self.architecture.linear_shape(linear)
+        taken = solving_bytes(
+            self.plan, *shape, self._compute_size, self.workers, kept=self.keeps_weights
+        )
+        device = self._weights(solved, used=False) + self._statistics(stage) + taken
+        device += self._aside(shape[1])
+        host = self._solver_weights(solved)
+        if self.on_gpu:  # codes on their way to the output, of the linear before too
+            packed = max(map(self._packed, stage.linears))
+            host += packed
+            device += packed if len(stage.linears) > 1 else 0
+        return self._made(f"{stage.name}: solve {role(linear)}", device, host)
+
+    def _aside(self, inputs: int) -> int:
+        """Count H's blocks on the diagonal, which the factor keeps beside it."""
+        _, wide = wide_blocks(inputs, self.plan.tile_columns)[0]
+        return FP32 * wide * inputs
+
+    def _outputs(self, solved: list[str]) -> StageMemory:
+        """Count the pass that writes the next block's inputs."""
+        tokens = self._unit_tokens
+        held = self._compute_size * tokens * self.architecture.width
+        concurrent = min(self.workers, self.in_flight)
+        device = self._weights(solved) + (self.in_flight - concurrent) * held
+        device += concurrent * self._forward(len(STAGES))
+        device += self._staged(1)
+        return self._made("outputs: pass", device, self._host_units())
+
+    def _forward(self, stage: int) -> int:
+        """Count what one unit takes on its way through one stream of the block."""
+        return forward_bytes(
+            self.architecture, self.plan, stage, self._compute_size, on_gpu=self.on_gpu
+        )
+
+    def _host_units(self) -> int:
+        """Count a unit read ahead and one waiting to be written, for each in flight.
+
+        With a GPU they are in pinned buffers.
+        """
+        return 0 if self.on_gpu else 2 * prod(self._flight)
+
+    def _staged(self, written: int) -> int:
+        """Count units on a GPU, where so many streams are written."""
+        return staged_bytes(*self._flight, written) if self.on_gpu else 0
+
+    def _weights(self, solved: list[str], *, used: bool = True) -> int:
+        """Count the block as the passes see it: quantized, and full beside it.
+
+        Where they are fetched, one linear at a time, and none unless they are used.
+        """
+        size = self._compute_size
+        if self.streams_weights:
+            return size * max(self._entries(name) for name in LINEARS) * used
+        twice = solved if self.plan.streams > 1 else []
+        kept = self._unsolved(solved) if self.keeps_weights else 0
+        return size * (self._block_entries + sum(map(self._entries, twice))) + kept
+
+    def _solver_weights(self, solved: list[str]) -> int:
+        """Count what the host keeps of a block: weights to solve; streamed ones.
+
+        Without a GPU they are those that the passes see.
+        """
+        if not self.on_gpu:
+            return 0
+        host = 0 if self.keeps_weights else self._unsolved(solved)
+        if self.streams_weights:
+            twice = solved if self.plan.streams > 1 else []
+            entries = sum(map(self._entries, (*LINEARS, *twice)))
+            host += self._compute_size * entries
+        return host
+
+    def _unsolved(self, solved: list[str]) -> int:
+        """Count the solver's weights of the linears that are left."""
+        left = [name for name in LINEARS if name not in solved]
+        return FP32 * sum(map(self._entries, left))
+
+    @property
+    def _windows(self) -> int:
+        """The calibration set's tokens, which are kept to the end."""
+        plan = self.plan
+        if not plan.needs_calibration:
+            return 0
+        return TOKEN_BYTES * plan.samples * plan.sequence_length
+
+    @property
+    def _token_weights(self) -> int:
+        """The importance of each token, those of rolled copies too."""
+        plan = self.plan
+        if not plan.needs_calibration:
+            return 0
+        size = FP32 if plan.importance_exact else 2
+        return size * plan.sequences * plan.sequence_length
+
+    def _statistics(self, stage: Stage) -> int:
+        """Count H, and with two streams the drift."""
+        inputs = self._inputs(stage)
+        rows = inputs
+        if self.plan.streams > 1:
+            rows += self._outputs_of(stage) if len(stage.linears) == 1 else inputs
+        return FP32 * rows * inputs
+
+    def _packed(self, linear: str) -> int:
+        """Count a linear's codes and scales as the output has them; about."""
+        outputs, inputs = self.architecture.linear_shape(linear)
+        scheme = self.plan.scheme(block_prefix(0) + linear, inputs)
+        if scheme is None:
+            return 0
+        return outputs * (inputs * scheme.bits // 8 + FP32 * scheme.groups(inputs))
+
+    def _inputs(self, stage: Stage) -> int:
+        return self.architecture.linear_shape(stage.linears[0])[1]
+
+    def _outputs_of(self, stage: Stage) -> int:
+        return self.architecture.linear_shape(stage.linears[0])[0]
+
+    def _entries(self, linear: str) -> int:
+        return prod(self.architecture.linear_shape(linear))
+
+    @property
+    def _block_entries(self) -> int:
+        return sum(map(prod, self.architecture.block_shapes().values()))
+
+    @property
+    def _stored(self) -> int:
+        return self.source_type.itemsize * self._block_entries
+
+    @property
+    def _compute_size(self) -> int:
+        return _itemsize(self.plan.compute_type)
+
+    @property
+    def _flight(self) -> tuple[int, int, int]:
+        """Bytes of a unit, units in flight, streams."""
+        size = _itemsize(self.plan.cache_type)
+        unit = size * self._unit_tokens * self.architecture.width
+        return unit, self.in_flight, self.plan.streams
+
+    @property
+    def _unit_tokens(self) -> int:
+        return self.plan.unit_sequences * self.plan.sequence_length
+
+
+def _itemsize(name: str) -> int:
+    kind: torch.dtype = getattr(torch, name)
+    return kind.itemsize

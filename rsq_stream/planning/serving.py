@@ -1,0 +1,87 @@
+"""What it will be like to serve an output: size, room for a KV cache, who takes it.
+
+Who loads which bits was tried with transformers 5.23 and compressed-tensors 0.20, and
+read in the sources of vLLM 0.33 and SGLang 0.5.23.
+"""
+
+from dataclasses import dataclass
+
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.schemes import HEAD_LINEAR, KEPT
+from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
+from rsq_stream.output.shard_writer import ShardLayout
+
+KV_BYTES = 2
+"""K and V are kept in 16 bits."""
+_EVERYWHERE = {4, 8}
+"""Bits that all of them have kernels for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """An output in use."""
+
+    resident_bytes: int
+    """Codes, scales, embedding, head and norms: what a loader keeps on the card."""
+    kv_bytes_per_token: int
+    vram_bytes: int | None
+    """The card it was planned for; None where no size is known."""
+    kv_tokens: int | None
+    """Tokens of KV cache, of all requests together, that fit beside the model."""
+    runtimes: tuple[str, ...]
+    """Who takes these bits, and how."""
+
+
+def serving(
+    architecture: Architecture,
+    plan: QuantizationPlan,
+    layouts: list[ShardLayout],
+    vram_bytes: int | None,
+) -> Serving:
+    """Work out what serving takes, before anything is made.
+
+    Activations and a runtime's own buffers are not counted: they are the runtime's
+    choice.
+    """
+    resident = sum(
+        tensor.size_bytes for made in layouts for _, tensor in made.places.values()
+    )
+    heads = architecture.kv_heads * architecture.head_width
+    per_token = 2 * KV_BYTES * heads * architecture.blocks
+    left = None if vram_bytes is None else max(0, vram_bytes - resident) // per_token
+    return Serving(
+        resident_bytes=resident,
+        kv_bytes_per_token=per_token,
+        vram_bytes=vram_bytes,
+        kv_tokens=left,
+        runtimes=runtimes(architecture, plan),
+    )
+
+
+def runtimes(architecture: Architecture, plan: QuantizationPlan) -> tuple[str, ...]:
+    """Name the runtimes that take a plan's output, and what each needs for it."""
+    if plan.needs_own_loader:
+        return ("rsq_stream.load_model, and no other",)
+    bits = _bits(architecture, plan)
+    if not bits:
+        return ("any that takes the source",)
+    names = ["transformers with compressed-tensors 0.18 or newer"]
+    if not plan.symmetric:
+        names[0] += " (dequantize=True)"
+    if bits <= _EVERYWHERE:
+        return (*names, "vLLM", "SGLang")
+    return (*names, "vLLM (its Humming kernel, sm_75 or newer)")
+
+
+def _bits(architecture: Architecture, plan: QuantizationPlan) -> set[int]:
+    """Give the bits that any linear has; those that are kept have none."""
+    if plan.method == "rotate":
+        return set()
+    names = {
+        block_prefix(block) + linear: architecture.linear_shape(linear)[1]
+        for block in range(architecture.blocks)
+        for linear in LINEARS
+    }
+    schemes = [plan.scheme(name, inputs) for name, inputs in names.items()]
+    schemes.append(plan.scheme(HEAD_LINEAR, architecture.width))
+    return {made.bits for made in schemes if made is not None and made.bits != KEPT}

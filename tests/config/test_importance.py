@@ -1,0 +1,98 @@
+"""What the fields of token importance refuse, word for word."""
+
+from typing import Any
+
+import pytest
+
+from rsq_stream.config.importance import IMPORTANCES, ROLES
+from rsq_stream.errors import UsageError
+from tests.config.test_quantization_plan import named, plan
+
+CHUNKS = "C,C,.../T with C below T and T at most 63, such as 0,7/8"
+TOGETHER = "all or none of q_proj, k_proj, v_proj: they share a Hessian"
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"importance": "last-n"},
+        f"--importance must be one of {', '.join(IMPORTANCES)}, not last-n",
+    ),
+    (
+        {"importance_min": -0.1},
+        "--importance-min must be 0 to importance-max (1.0), not -0.1",
+    ),
+    (
+        {"importance_min": 1.1},
+        "--importance-min must be 0 to importance-max (1.0), not 1.1",
+    ),
+    (
+        {"importance_min": float("nan")},
+        "--importance-min must be 0 to importance-max (1.0), not nan",
+    ),
+    (
+        {"importance_min": 0.0, "importance_max": 0.0},
+        "--importance-max must be above 0 and finite, not 0.0",
+    ),
+    (
+        {"importance": "first-n", "importance_tokens": 0},
+        "--importance-tokens must be 1 to the sequence length (63), not 0",
+    ),
+    (
+        {"importance": "first-n", "importance_tokens": 64},
+        "--importance-tokens must be 1 to the sequence length (63), not 64",
+    ),
+    (
+        {"importance": "first-last-n", "importance_tokens": 0},
+        "--importance-tokens must be 1 to the sequence length (63), not 0",
+    ),
+    ({"importance_power": 3}, "--importance-power must be 1 or 2, not 3"),
+    (
+        {"importance_visible": "all"},
+        "--importance-visible must be one of no, linear, root, not all",
+    ),
+    (
+        {"importance_transform": "sqrt"},
+        "--importance-transform must be one of no, log, rank, not sqrt",
+    ),
+    (
+        {"importance_quantile": 0.5},
+        "--importance-quantile must be 0 to less than 0.5, not 0.5",
+    ),
+    ({"importance_mask": 1.0}, "--importance-mask must be 0 to less than 1, not 1.0"),
+    (
+        {"importance_truncate": -0.1},
+        "--importance-truncate must be 0 to less than 1, not -0.1",
+    ),
+    ({"importance_skip": 63}, "--importance-skip must be 0 to 62, not 63"),
+    ({"importance_bins": 1}, "--importance-bins must be 2 or more, or 0, not 1"),
+    (
+        {"importance_linears": ("down",)},
+        f"--importance-linears must be one of {', '.join(ROLES)}, not down",
+    ),
+    (
+        {"importance_linears": ("k_proj", "q_proj")},
+        f"--importance-linears must be {TOGETHER}, not k_proj q_proj",
+    ),
+    *(
+        (
+            {"importance": "chunks", "importance_chunks": text},
+            f"--importance-chunks must be {CHUNKS}, not {text or 'nothing'}",
+        )
+        for text in ("", "0", "8/8", "0/64", "-1/8", "0,/8", "/8", "0/0", "1.5/8")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED, ids=[named(changes) for changes, _ in REFUSED]
+)
+def test_a_plan_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan(**changes)
+    assert str(caught.value) == message
+
+
+def test_places_become_ranges() -> None:
+    made = plan(importance="chunks", importance_chunks="0,7/8")
+    assert made.kept_ranges(63) == [(0, 7), (55, 63)]
+    made = plan(importance="first-last-n", importance_tokens=5)
+    assert made.kept_ranges(63) == [(0, 5), (58, 63)]
+    assert plan(importance="uniform").kept_ranges(63) == [(0, 63)]
