@@ -43,7 +43,7 @@ fix: $(READY) ## format, and mend what ruff can mend
 	$(VENV_BIN)/ruff check --fix .
 
 test-faults: $(READY) ## every step on disk, every kind of crash (some 20 minutes)
-	RSQ_ALL_FAULTS=1 $(VENV_BIN)/pytest tests/faults/test_faults.py tests/faults/test_failing_steps.py $(ARGS)
+	RSQ_ALL_FAULTS=1 $(VENV_BIN)/pytest tests/faults $(ARGS)
 
 same-bytes: $(READY) ## toy outputs of this tree against a commit's (BASE=main)
 	@test -n "$(BASE)" || { echo "say with which commit: make same-bytes BASE=HEAD" >&2; exit 1; }

@@ -20,10 +20,10 @@ from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.solver import solve
 from rsq_stream.algorithm.grids.integer import Grid
-from rsq_stream.algorithm.packing import pack, unpack
 from rsq_stream.algorithm.rotation.hadamard import hadamard_product
 from rsq_stream.ops.column_sums import column_sums
 from rsq_stream.ops.e8p import round_lattice
+from rsq_stream.ops.pack import pack, unpack
 from rsq_stream.runtime.worker_pool import Pool
 
 ROUNDS = 5

@@ -160,8 +160,9 @@ def save_windows(options: Any, path: Path) -> None:
     """Save the windows: calibration's as rsq-stream takes them, and evaluation's."""
     from safetensors.torch import save_file
 
-    from rsq_stream.calibration.text import choose_windows, read_text
+    from rsq_stream.calibration.text import read_text
     from rsq_stream.calibration.tokenizer import load_tokenizer
+    from rsq_stream.calibration.windows import choose_windows
     from rsq_stream.evaluation.perplexity import evaluation_windows
 
     tokenizer = load_tokenizer(options.model)

@@ -24,8 +24,8 @@ from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.loss import weighted_losses
 from rsq_stream.algorithm.gptq.solver import Solution, solve
 from rsq_stream.algorithm.grids.integer import Grid
-from rsq_stream.algorithm.packing import pack, unpack
 from rsq_stream.ops.column_layout import laid_out
+from rsq_stream.ops.pack import pack, unpack
 from rsq_stream.planning.quantization_plan import host_tile_rows
 from rsq_stream.runtime.worker_pool import Pool, single_threaded_products
 from rsq_stream.storage.activation_cache import Slot

@@ -20,7 +20,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rsq_stream.model.architecture import block_prefix, read_architecture
+from rsq_stream.model.architecture import read_architecture
+from rsq_stream.model.tensor_names import block_prefix
 
 SHAPES = {
     "8B": (4096, 14336, 32, 8, 128256),

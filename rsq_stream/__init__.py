@@ -7,8 +7,8 @@ before torch could be loaded. The pipeline is ``rsq_stream.pipeline.quantize``;
 
 from typing import TYPE_CHECKING, Any
 
-from rsq_stream.config.execution_plan import RunOptions as RunOptions
 from rsq_stream.config.quantization_plan import QuantizationPlan as QuantizationPlan
+from rsq_stream.config.run_options import RunOptions as RunOptions
 from rsq_stream.errors import RsqError as RsqError
 
 if TYPE_CHECKING:

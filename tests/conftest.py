@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 if quick_folder() is not None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(quick_folder()))
 
-LONGEST = ("test_faults.py", "test_failing_steps.py", "test_memory.py")
+LONGEST = ("test_faults.py", "test_failing_steps.py", "test_memory_stays_flat.py")
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = ("torch", "numpy", "numba", "transformers", "zarr")
 

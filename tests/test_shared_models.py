@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rsq_stream.calibration.text import Windows, choose_windows, read_text
+from rsq_stream.calibration.text import read_text
 from rsq_stream.calibration.tokenizer import load_tokenizer
+from rsq_stream.calibration.windows import Windows, choose_windows
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from tests.support.toy import decoded_state, open_toy, run_toy
 

@@ -218,8 +218,8 @@ def _solver(plan: QuantizationPlan) -> str:
 def warn_about_room(made: Prepared) -> None:
     """Warn if this machine's memory or disks will not do."""
     from rsq_stream.checkpoint.hub_shards import bytes_to_fetch
-    from rsq_stream.ops.free_memory import available_bytes
     from rsq_stream.pipeline.disk_space import shortage
+    from rsq_stream.runtime.host_memory import available_bytes
 
     _, host_bytes = tightest_on_host(made)
     free_bytes = made.execution.used_bytes + available_bytes()

@@ -20,7 +20,7 @@ from ..signals import StopRequest
 from .plan import as_object, show, warn_about_room
 
 if TYPE_CHECKING:
-    from rsq_stream.run_summary import RunSummary
+    from rsq_stream.pipeline.job import RunSummary
 
 
 def quantize(

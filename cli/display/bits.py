@@ -5,7 +5,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rsq_stream.events import Listener
-from rsq_stream.model.architecture import STAGES, block_prefix
+from rsq_stream.model.families.base import STAGES
+from rsq_stream.model.tensor_names import block_prefix
 
 from ..options.resolve import Prepared
 from .text import facts
@@ -20,7 +21,8 @@ def with_bits(
     """Measure, unless that was done, and give the plan with the bits it chose."""
     from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits
     from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
-    from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
+    from rsq_stream.planning.execution_plan import plan_execution
+    from rsq_stream.planning.validate import inspect_checkpoint
 
     checkpoint, options = made.checkpoint, made.options
     architecture = inspect_checkpoint(checkpoint)

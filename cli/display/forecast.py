@@ -24,8 +24,8 @@ def forecast(made: Prepared) -> "Prediction | None":
     """Predict a run's seconds by what this machine does; None for a card not here."""
     import torch
 
-    from rsq_stream.planning.execution_plan import inspect_checkpoint
     from rsq_stream.planning.time_estimate import predict
+    from rsq_stream.planning.validate import inspect_checkpoint
     from rsq_stream.storage.atomic import existing
 
     options = made.options

@@ -13,9 +13,9 @@ def serving_of(made: Prepared) -> "Serving":
     """Work out what serving the output takes, on the card of ``--vram`` or this one."""
     import torch
 
-    from rsq_stream.output.folder import plan_layouts
-    from rsq_stream.planning.execution_plan import inspect_checkpoint
+    from rsq_stream.output.layout import plan_layouts
     from rsq_stream.planning.serving import serving
+    from rsq_stream.planning.validate import inspect_checkpoint
 
     architecture = inspect_checkpoint(made.checkpoint)
     vram_bytes = made.options.vram_bytes

@@ -184,7 +184,7 @@ def _lattice(device: str, target_RC: "Tensor", scale_R: "Tensor") -> KernelCheck
 def _packing(device: str) -> KernelCheck:
     import torch
 
-    from rsq_stream.algorithm.packing import pack, unpack
+    from rsq_stream.ops.pack import pack, unpack
 
     code_OI = torch.randint(8, (4096, 4096)).to(torch.uint8)
     there = code_OI.to(device)

@@ -1,7 +1,7 @@
 """Options, each declared once; the signatures of the commands name them.
 
-What ``quantize`` and ``plan`` alone share is in ``job.py``. Values are checked
-where they are used, so that a bad one is the library's one line.
+What ``quantize`` and ``plan`` alone share is in ``quantize_options.py``. Values are
+checked where they are used, so that a bad one is the library's one line.
 """
 
 from pathlib import Path

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsq_stream.config.execution_plan import ExecutionPlan, RunOptions
+from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.schemes import INTEGER, LATTICE
 from rsq_stream.errors import UsageError, one_of
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from rsq_stream.calibration.text import Windows
+    from rsq_stream.calibration.windows import Windows
     from rsq_stream.checkpoint.shards import Checkpoint
-    from rsq_stream.planning.quantization_plan import Settings
+    from rsq_stream.config.settings import Settings
 
 USUAL_BITS = 4
 LEAST_BITS = 2
@@ -76,8 +77,9 @@ def prepare(
 
     import torch
 
-    from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
+    from rsq_stream.planning.execution_plan import plan_execution
     from rsq_stream.planning.quantization_plan import make_plan
+    from rsq_stream.planning.validate import inspect_checkpoint
 
     checkpoint = checkpoint or open_checkpoint(model, job.revision)
     architecture = inspect_checkpoint(checkpoint)
@@ -158,7 +160,7 @@ def settings_of(job: Job) -> "Settings":
         raise UsageError("--importance-chunks needs --importance chunks")
 
     from rsq_stream.calibration.text import DATA_SETS
-    from rsq_stream.planning.quantization_plan import Settings
+    from rsq_stream.config.settings import Settings
 
     given = {
         field.name: getattr(job, field.name)
@@ -211,8 +213,9 @@ def calibration_windows(
     job: Job, plan: QuantizationPlan, checkpoint: "Checkpoint"
 ) -> "Windows":
     """Read the calibration text and take the plan's windows of it."""
-    from rsq_stream.calibration.text import Windows, choose_windows, read_text
-    from rsq_stream.ops.heap import give_back_free_memory
+    from rsq_stream.calibration.text import read_text
+    from rsq_stream.calibration.windows import Windows, choose_windows
+    from rsq_stream.runtime.host_memory import give_back_free_memory
 
     text = read_text(job.calibration, plan.seed)
     window_BT = choose_windows(

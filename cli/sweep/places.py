@@ -74,8 +74,8 @@ def _share(count: int) -> str | None:
     """Give what one of so many runs may take; by itself a run asks the machine."""
     if count == 1:
         return None
-    from rsq_stream.ops.free_memory import available_bytes
     from rsq_stream.planning.memory.fit import FREE_SHARE
+    from rsq_stream.runtime.host_memory import available_bytes
 
     return str(int(available_bytes() * FREE_SHARE) // count)
 

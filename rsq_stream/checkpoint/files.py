@@ -45,8 +45,6 @@ SIDE_FILES = (
     "chat_template.json",
 )
 """What is carried over from the source as it is, where it is there."""
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST_HEADER_BYTES = 100_000_000

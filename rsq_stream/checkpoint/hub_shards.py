@@ -14,16 +14,10 @@ from threading import Thread
 from rsq_stream.checkpoint.files import HubFiles
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source_identity import SourceIdentity
-from rsq_stream.config.execution_plan import RunOptions
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import UsageError
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    Architecture,
-    block_prefix,
-    read_architecture,
-)
+from rsq_stream.model.architecture import Architecture, read_architecture
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 from rsq_stream.storage.journal import Journal
 
 OUTSIDE = -1

@@ -19,9 +19,9 @@ from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.errors import CheckpointError
-from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, block_prefix
-from rsq_stream.model.block import model_config, transformers_class
 from rsq_stream.model.online_rotation import HEADS, KEY, MLP
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.transformers_layers import model_config, transformers_class
 
 _GENERATION = "generation_config.json"
 

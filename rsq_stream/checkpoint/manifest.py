@@ -5,7 +5,10 @@ import json
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.activations import NOTHING, ActivationScheme
 from rsq_stream.errors import OutputError
-from rsq_stream.output.folder_checks import MANIFEST
+
+MANIFEST = "rsq_stream.json"
+SEAL = "rsq_stream.sha256"
+
 
 _LARGEST_MANIFEST_BYTES = 500_000_000
 

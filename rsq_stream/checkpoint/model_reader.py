@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.packing import packed_words
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
 from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
 from rsq_stream.checkpoint.manifest import served_scheme
@@ -14,15 +13,12 @@ from rsq_stream.config.activations import ActivationScheme
 from rsq_stream.config.schemes import HEAD_LINEAR, Scheme
 from rsq_stream.errors import CheckpointError
 from rsq_stream.model.activation_quantizer import ActivationQuantizer
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    block_prefix,
-    read_architecture,
-)
-from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.architecture import read_architecture
+from rsq_stream.model.block import Block
 from rsq_stream.model.online_rotation import read_rotations
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.transformers_layers import Rope, layer_config
+from rsq_stream.ops.pack import packed_words
 
 
 class ModelReader:

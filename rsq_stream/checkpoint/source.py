@@ -11,24 +11,25 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.rotation.rotation import make_rotation
-from rsq_stream.checkpoint.formats.compressed_tensors import output_is_tied
+from rsq_stream.checkpoint.output_tensors import output_is_tied
 from rsq_stream.checkpoint.prefetch import ReadAhead
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source_identity import SourceIdentity
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    LINEARS,
-    Architecture,
-    block_prefix,
-)
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.fused_rotation import ModelRotation
 from rsq_stream.model.online_rotation import planned_rotations
-from rsq_stream.row_chunks import chunk_rows
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 from rsq_stream.storage.journal import SourceRecord
+
+CHUNK_BYTES = 16 << 20
+"""A chunk of the embedding or head takes at most about this much in fp32."""
+_CHUNK_ROWS = 8192
+"""The rows of a chunk, where a row is not long."""
+_WHOLE_ROWS = 32
+"""Rows come by so many: packed along the rows, codes then fill whole words."""
 
 
 class Source:
@@ -193,3 +194,9 @@ def _rotation(
         plan.value_rotation, architecture.head_width, plan.seed + 2**32
     )
     return ModelRotation(residual, value, planned_rotations(plan, architecture))
+
+
+def chunk_rows(width: int) -> int:
+    """Give the rows of a chunk of the embedding or head; decides no byte."""
+    fitting = min(_CHUNK_ROWS, CHUNK_BYTES // (4 * width))
+    return max(_WHOLE_ROWS, fitting // _WHOLE_ROWS * _WHOLE_ROWS)

@@ -19,7 +19,7 @@ _WHOLE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationFields:
-    """Bits and grids of rounded activations; ``algorithm/activation_grid.py`` has both.
+    """Bits and grids of rounded activations (``algorithm/activation_rounding.py``).
 
     Scales are found for each token when it comes: nothing is calibrated.
     """

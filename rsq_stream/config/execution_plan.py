@@ -1,9 +1,6 @@
 """How a run goes on this machine: place, memory and speed; decides no byte."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from rsq_stream.errors import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,40 +65,3 @@ class ExecutionPlan:
     def tightest(self) -> StageMemory:
         """The stage that decides the budget: on the GPU, where there is one."""
         return max(self.stages, key=lambda made: (made.device_bytes, made.host_bytes))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOptions:
-    """What may change on resume: place and speed."""
-
-    output: Path
-    work_dir: Path
-    device: str = "cpu"
-    ram_bytes: int | None = None
-    """Host memory the whole process may use; None is what the machine has free."""
-    vram_bytes: int | None = None
-    """GPU memory the whole process may use; None is what the card has free."""
-    workers: int = 1
-    """Threads that compute units, panels and tiles side by side (CPU only)."""
-    units_in_flight: int = 0
-    """Units between two barriers of a pass; 0 lets the planner choose."""
-    allow_device_change: bool = False
-    """Go on although another kind of device gives other bits; the output says so."""
-    evict_source: bool = False
-    """Remove a hub model's shards from the cache after use, those the run fetched."""
-    restart: bool = False
-    keep_work: bool = False
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
-        return self.device.startswith("cuda")
-
-    def __post_init__(self) -> None:
-        require(1 <= self.workers <= 1024, "threads", self.workers, "1 to 1024")
-        require(
-            0 <= self.units_in_flight <= 4096,
-            "batch",
-            self.units_in_flight,
-            "0 (automatic) to 4096",
-        )

@@ -26,7 +26,7 @@ TOGETHER = (ROLES[:3], ROLES[3:4], ROLES[4:6], ROLES[6:])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportanceFields:
-    """How much each token counts; ``algorithm/importance.py`` has the meaning."""
+    """How much each token counts (``algorithm/importance/_weighting.py``)."""
 
     importance: str
     """One of ``IMPORTANCES``."""

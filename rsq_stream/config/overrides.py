@@ -7,9 +7,14 @@ to blocks. The head is meant only by its own name.
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
+from rsq_stream.config.schemes import GROUP_SIZES, KEPT
 from rsq_stream.errors import UsageError
+
+_LINE = re.compile(r"(?P<name>[^=]+)=(?P<bits>\d{1,2})(g(?P<group>-1|\d{1,3}))?")
+
 
 Value = TypeVar("Value")
 
@@ -56,3 +61,36 @@ def _fits(pattern: str, name: str, block: int | None) -> bool:
             return False
     globs = (found["glob"], f"*.{found['glob']}")
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Bits and group size of its own; of a group size of None, the plan's."""
+
+    bits: int
+    group_size: int | None = None
+
+    def __str__(self) -> str:
+        group = "" if self.group_size is None else f"g{self.group_size}"
+        return f"{self.bits}{group}"
+
+
+def parse_override(text: str, option: str = "override") -> tuple[str, Override]:
+    """Take ``PATTERN=BITS[gGROUP]`` apart.
+
+    Raises
+    ------
+    UsageError
+        It is not of that form, or its numbers are not among those that exist.
+    """
+    found = _LINE.fullmatch(text)
+    bits = int(found["bits"]) if found else 0
+    group = int(found["group"]) if found and found["group"] else None
+    sound = 2 <= bits <= 8 or (bits == KEPT and group is None)
+    if not found or not sound or group not in (None, *GROUP_SIZES):
+        raise UsageError(
+            f"--{option} must be PATTERN=BITS[gGROUP] with 2 to 8 bits or 16, and a"
+            f" group of {', '.join(map(str, GROUP_SIZES))}, such as"
+            f' "down_proj=4g64" or "v_proj@0-3=16", not {text}'
+        )
+    return found["name"], Override(bits, group)

@@ -1,7 +1,7 @@
 """What decides the bytes: ``QuantizationPlan``.
 
 Its canonical JSON is hashed into the journal and the output. What may change between
-a kill and the resume without changing one byte is in ``execution.py``.
+a kill and the resume without changing one byte is in ``run_options.py``.
 """
 
 import dataclasses
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsq_stream.config.activations import ActivationFields
+from rsq_stream.config.grid_checks import check_grid
 from rsq_stream.config.importance import ImportanceFields
+from rsq_stream.config.overrides import Override, parse_override
 from rsq_stream.config.propagation import PropagationFields
 from rsq_stream.config.rotation import RotationFields
 from rsq_stream.config.schemes import (
@@ -22,12 +24,9 @@ from rsq_stream.config.schemes import (
     HEAD_LINEAR,
     INTEGER,
     KEPT,
-    Override,
     Scheme,
-    parse_override,
 )
 from rsq_stream.errors import one_of, require
-from rsq_stream.grid_checks import check_grid
 
 MATHS_VERSION = 3
 """Raised whenever the same plan would give other bytes than before."""

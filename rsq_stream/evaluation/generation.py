@@ -15,10 +15,10 @@ from torch import Tensor
 from rsq_stream.calibration.tokenizer import load_tokenizer
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.checkpoint.source import chunk_rows
 from rsq_stream.config.activations import ActivationScheme
-from rsq_stream.model.architecture import EMBEDDING
 from rsq_stream.model.block import Block
-from rsq_stream.row_chunks import chunk_rows
+from rsq_stream.model.tensor_names import EMBEDDING
 from rsq_stream.runtime.worker_pool import single_threaded_products
 
 

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.checkpoint.source import chunk_rows
 from rsq_stream.config.activations import ActivationScheme
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
 from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import Listener, ignore
 from rsq_stream.model.block import Block
-from rsq_stream.pipeline.activations.calibration_pass import Passes, require_finite
-from rsq_stream.row_chunks import chunk_rows
+from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.finite_check import require_finite
 from rsq_stream.runtime.worker_pool import single_threaded_products
 from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.activation_shape import SlotShape

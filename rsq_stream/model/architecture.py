@@ -5,75 +5,20 @@ their parameters and the order norm -> attention -> norm -> gated MLP; they
 differ in biases, in norms on q and k, and in how the head width is given.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rsq_stream.errors import UnsupportedModelError
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-ATTENTION_NORM = "input_layernorm.weight"
-MLP_NORM = "post_attention_layernorm.weight"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linears that share one input, and so one Hessian."""
-
-    name: str
-    linears: tuple[str, ...]
-
-
-STAGES = (
-    Stage("attention in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Stage("attention out", ("self_attn.o_proj",)),
-    Stage("mlp in", ("mlp.gate_proj", "mlp.up_proj")),
-    Stage("mlp out", ("mlp.down_proj",)),
+from rsq_stream.model.families import FAMILIES
+from rsq_stream.model.families.base import LINEARS, Family
+from rsq_stream.model.tensor_names import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MLP_NORM,
 )
-WRITES_H = 2
-"""The stage whose pass writes h; the one after it reads it."""
-LINEARS = tuple(name for stage in STAGES for name in stage.linears)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family's classes are called, and what its blocks may hold."""
-
-    model_type: str
-    stem: str
-    """Prefix of its classes in transformers: ``Llama`` of ``LlamaDecoderLayer``."""
-    causal_class: str
-    biases: tuple[str, ...] = ()
-    """Linears that always have a bias."""
-    bias_options: tuple[str, ...] = ()
-    """Which of ``attention_bias`` and ``mlp_bias`` its config.json may set."""
-    head_norms: bool = False
-    """RMS norms on each head of q and k."""
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(
-            "llama",
-            "Llama",
-            "LlamaForCausalLM",
-            bias_options=("attention_bias", "mlp_bias"),
-        ),
-        Family("mistral", "Mistral", "MistralForCausalLM"),
-        Family("qwen2", "Qwen2", "Qwen2ForCausalLM", biases=STAGES[0].linears),
-        Family(
-            "qwen3",
-            "Qwen3",
-            "Qwen3ForCausalLM",
-            bias_options=("attention_bias",),
-            head_norms=True,
-        ),
-    )
-}
 
 _LARGEST = {
     "hidden_size": 2**17,
@@ -155,25 +100,6 @@ class Architecture:
         if linear in self.family.biases:
             return True
         return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
-
-
-def block_prefix(block: int) -> str:
-    """Give the prefix of a block's tensors in the checkpoint."""
-    return f"model.layers.{block}."
-
-
-def role(linear: str) -> str:
-    """Give what a linear is in its block: ``q`` of ``self_attn.q_proj``."""
-    return linear.rpartition(".")[2].removesuffix("_proj")
-
-
-def block_of(name: str) -> int | None:
-    """Give the block that a tensor of the checkpoint belongs to; None outside."""
-    found = _IN_BLOCK.match(name)
-    return int(found[1]) if found else None
-
-
-_IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:

@@ -1,10 +1,10 @@
 """Fold norm gains and rotations into a block's weights.
 
-R1, on the residual stream: E <- E Q, W_in <- W_in diag(g) Q, W_out <- Q^T W_out.
-R2, inside each value head: v's outputs times R, o's inputs likewise, so that
-attention mixes rotated values and o undoes it. Nothing is left to do at
-inference: the portable form. A full rotation also folds what ``online.py`` does to
-the inputs of o and down into their weights. All in fp32; the caller rounds once.
+R1, on the residual stream: E <- E Q, W_in <- W_in diag(g) Q, W_out <- Q^T W_out. R2,
+inside each value head: v's outputs times R, o's inputs likewise, so that attention
+mixes rotated values and o undoes it. Nothing is left to do at inference: the portable
+form. A full rotation also folds what ``online_rotation.py`` does to the inputs of o and
+down into their weights. All in fp32; the caller rounds once.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.rotation.rotation import Rotation
-from rsq_stream.model.architecture import ATTENTION_NORM, MLP_NORM
 from rsq_stream.model.online_rotation import NO_ROTATIONS, OnlineRotations
+from rsq_stream.model.tensor_names import ATTENTION_NORM, MLP_NORM
 
 _READS_RESIDUAL = {
     "self_attn.q_proj": ATTENTION_NORM,

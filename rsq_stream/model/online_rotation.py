@@ -3,7 +3,7 @@
 With ``--rotation full`` o's input is mixed across the heads (beside R2 that is a
 rotation of all of it, Q_heads kron R), and down's input over the whole MLP width; the
 weights of both have the inverse folded in. A rotation is named in the plan and in the
-output's config.json by its form and seed: ``algorithm/rotation.py`` builds it.
+output's config.json by its form and seed: ``algorithm/rotation/rotation.py`` builds it.
 """
 
 from collections.abc import Mapping

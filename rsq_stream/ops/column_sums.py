@@ -12,6 +12,8 @@ from torch import Tensor
 from rsq_stream.ops.cuda.cubin_cache import Kernel
 from rsq_stream.ops.cuda.launch import launch, output
 
+QUERIES = 128
+"""Queries that the twin takes at a time."""
 _TILE = 64
 """Queries or keys of the kernel's tiles."""
 _THREADS = 256
@@ -21,8 +23,6 @@ _WIDEST = 256
 """Head width up to which it holds them in registers."""
 _PRODUCT = 16
 """Its head widths are filled up to multiples of this."""
-_QUERIES = 128
-"""Queries per tile; fixed, since it decides the order of the sums."""
 
 
 def column_sums(
@@ -95,8 +95,8 @@ def column_sums_naive(
     key = key_BGTK[:, :, None].float()
     sums_BT = query_BHTK.new_zeros((sequences, tokens), dtype=torch.float32)
     position_T = torch.arange(tokens, device=query.device)
-    for start in range(0, tokens, _QUERIES):
-        end = min(start + _QUERIES, tokens)
+    for start in range(0, tokens, QUERIES):
+        end = min(start + QUERIES, tokens)
         first = 0 if window is None else max(0, start - window + 1)
         scaled = query[:, :, :, start:end].float() * scaling
         score = scaled @ key[..., first:end, :].mT

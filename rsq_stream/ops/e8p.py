@@ -1,7 +1,7 @@
 """Faces of the E8P loops: on a CPU the compiled ones, elsewhere their plain twins.
 
-Codes are digits of ``codebook.py``, one a weight, each run of 8 a codeword; a scale a
-row. ``level_RL`` is what each digit decodes to, rounded as it will be when loaded.
+Codes are digits of ``e8p_codebook.py``, one a weight, each run of 8 a codeword; a scale
+a row. ``level_RL`` is what each digit decodes to, rounded as it will be when loaded.
 """
 
 from collections.abc import Callable

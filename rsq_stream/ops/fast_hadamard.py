@@ -1,7 +1,7 @@
 """The optional fast Walsh-Hadamard kernel, where its package imports.
 
-``fast-hadamard-transform`` has CUDA kernels only and no wheel for most systems;
-without it the dense Kronecker products of ``algorithm/hadamard.py`` do the same.
+``fast-hadamard-transform`` has CUDA kernels only and no wheel for most systems; without
+it the dense Kronecker products of ``algorithm/rotation/hadamard.py`` do the same.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Hadamard product of runs of columns on a CUDA device, in one pass over memory.
 
 How the matrix is built, and the twin that runs everywhere, are in
-``algorithm/hadamard.py``.
+``algorithm/rotation/hadamard.py``.
 """
 
 import math

@@ -95,7 +95,7 @@ def sweep_table(
     value_L: Float[Tensor, "L"],
     level_RL: Float[Tensor, "R L"],
 ) -> Swept:
-    """Quantize a block of columns left to right, as ``ops/sweep.py`` does."""
+    """Quantize a block of columns left to right, as ``ops/column_sweep.py`` does."""
     if target_RC.is_cuda:
         return sweep_kernel(
             target_RC,

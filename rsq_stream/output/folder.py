@@ -10,42 +10,30 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rsq_stream.checkpoint.files import SIDE_FILES
 from rsq_stream.checkpoint.formats._quantization_config import quantization_config
-from rsq_stream.checkpoint.formats.compressed_tensors import (
-    output_is_tied,
-    output_tensors,
-)
+from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
+from rsq_stream.checkpoint.output_tensors import output_is_tied
 from rsq_stream.checkpoint.shards import INDEX, Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import OutputError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import EMBEDDING, HEAD, Architecture
-from rsq_stream.output.folder_checks import CARD, CONFIG, MANIFEST, SEAL, SMALL_FILES
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.output.folder_checks import CARD, CONFIG, SMALL_FILES
+from rsq_stream.output.layout import (
+    bits_per_weight,
+    index_of,
+    plan_layouts,
+)
 from rsq_stream.output.model_card import model_card
-from rsq_stream.output.shard_writer import ShardLayout, ShardWriter, index_of, lay_out
+from rsq_stream.output.shard_writer import ShardWriter
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal
-
-
-def plan_layouts(
-    checkpoint: Checkpoint, architecture: Architecture, plan: QuantizationPlan
-) -> list[ShardLayout]:
-    """Lay out the output's shards from headers and plan alone."""
-
-    def dtype_of(name: str) -> torch.dtype:
-        known = EMBEDDING if name == HEAD and architecture.tied else name
-        return checkpoint.entry(known).dtype
-
-    tensors = output_tensors(architecture, plan, dtype_of)
-    return lay_out(tensors, plan.shard_bytes)
 
 
 class OutputFolder:
@@ -259,31 +247,6 @@ class OutputFolder:
     def close(self) -> None:
         """Close shards that are not whole yet; they stay partial."""
         self._writer.close()
-
-
-def bits_per_weight(architecture: Architecture, layouts: list[ShardLayout]) -> float:
-    """Give the bits of the whole output per weight of the source model."""
-    return _bits(layouts) / source_weights(architecture)
-
-
-def output_bits(
-    checkpoint: Checkpoint, architecture: Architecture, plan: QuantizationPlan
-) -> int:
-    """Count the bits of all tensors of a plan's output."""
-    return _bits(plan_layouts(checkpoint, architecture, plan))
-
-
-def _bits(layouts: list[ShardLayout]) -> int:
-    return 8 * sum(
-        tensor.size_bytes for layout in layouts for _, tensor in layout.places.values()
-    )
-
-
-def source_weights(architecture: Architecture) -> int:
-    """Count the weights of the source model."""
-    block = sum(prod(shape) for shape in architecture.block_shapes().values())
-    outer = sum(prod(shape) for shape in architecture.outer_shapes().values())
-    return outer + architecture.blocks * block
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

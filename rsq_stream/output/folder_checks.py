@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 
 from rsq_stream.checkpoint.files import SIDE_FILES
+from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
 from rsq_stream.checkpoint.shards import INDEX
 from rsq_stream.errors import OutputError
 from rsq_stream.storage import atomic
 
-MANIFEST = "rsq_stream.json"
-SEAL = "rsq_stream.sha256"
 CONFIG = "config.json"
 CARD = "README.md"
 SMALL_FILES = frozenset({CONFIG, INDEX, CARD, MANIFEST, SEAL, *SIDE_FILES})

@@ -6,93 +6,22 @@ its name when it is full, read back and checked.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rsq_stream.checkpoint.shards import TYPE_NAMES
+from rsq_stream.checkpoint.formats.base import OutputTensor
 from rsq_stream.errors import DamagedError, OutputError
+from rsq_stream.output.layout import ShardLayout
 from rsq_stream.storage import atomic
 from rsq_stream.storage.atomic import PartialFile
 from rsq_stream.storage.checksum import Checksum
 
 _READ_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor of the output, known before it exists."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes in the file."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class ShardLayout:
-    """One output shard: its name, its header, where each tensor goes."""
-
-    name: str
-    header: bytes
-    places: Mapping[str, tuple[int, OutputTensor]]
-    """Offset from the file's start, and the tensor."""
-    size_bytes: int
-
-
-def lay_out(tensors: list[OutputTensor], shard_bytes: int) -> list[ShardLayout]:
-    """Put tensors into shards of at most ``shard_bytes``, in their order."""
-    runs: list[list[OutputTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if runs[-1] and filled + tensor.size_bytes > shard_bytes:
-            runs.append([])
-            filled = 0
-        runs[-1].append(tensor)
-        filled += tensor.size_bytes
-    return [
-        _lay_out_one(f"model-{number:05}-of-{len(runs):05}.safetensors", run)
-        for number, run in enumerate(runs, start=1)
-    ]
-
-
-def _lay_out_one(name: str, tensors: list[OutputTensor]) -> ShardLayout:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.size_bytes
-        entries[tensor.name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    places, start = {}, len(header)
-    for tensor in tensors:
-        places[tensor.name] = (start, tensor)
-        start += tensor.size_bytes
-    return ShardLayout(name, header, places, start)
-
-
-def index_of(layouts: list[ShardLayout]) -> dict[str, object]:
-    """Give the content of ``model.safetensors.index.json``."""
-    weight_map = {name: layout.name for layout in layouts for name in layout.places}
-    total = sum(layout.size_bytes - len(layout.header) for layout in layouts)
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 class ShardWriter:

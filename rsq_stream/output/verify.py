@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from rsq_stream.checkpoint.files import FolderFiles
-from rsq_stream.checkpoint.formats.compressed_tensors import (
-    decode_linear,
-    output_tensors,
-)
+from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
+from rsq_stream.checkpoint.output_tensors import output_tensors
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.checkpoint.source_identity import require_source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, OutputError, RsqError
-from rsq_stream.model.architecture import LINEARS, block_prefix, read_architecture
-from rsq_stream.output.folder_checks import MANIFEST, SEAL
+from rsq_stream.model.architecture import read_architecture
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.storage import atomic
 
 _LARGEST_MANIFEST_BYTES = 500_000_000

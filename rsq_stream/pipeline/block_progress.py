@@ -17,10 +17,11 @@ from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix
 from rsq_stream.model.block import Block
+from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.folder import OutputFolder
-from rsq_stream.pipeline.stage_statistics import TokenWeights
+from rsq_stream.pipeline.token_importance import TokenWeights
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.checksum import checksum

@@ -1,6 +1,5 @@
 """Open a block of a run: its module filled, its solver, as far as it was done."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,34 +8,26 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids.integer import Grid
-from rsq_stream.calibration.text import Windows
-from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import Scheme
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    LINEARS,
-    STAGES,
-    Architecture,
-    Family,
-    block_prefix,
-)
-from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.block import Block
+from rsq_stream.model.families.base import LINEARS, STAGES, Family
 from rsq_stream.model.online_rotation import OnlineRotations, planned_rotations
+from rsq_stream.model.tensor_names import EMBEDDING
+from rsq_stream.model.transformers_layers import Rope, layer_config
 from rsq_stream.output.folder import OutputFolder
 from rsq_stream.output.write_behind import WriteBehind
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.slots import RunSlots, copy_stream, embed
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.block_progress import BlockProgress
-from rsq_stream.pipeline.block_solver import BlockSolver, Keep
-from rsq_stream.pipeline.linear_schemes import make_grid
+from rsq_stream.pipeline.block_solver import BlockSolver
+from rsq_stream.pipeline.linear_schemes import keeper, schemes_and_grids
 from rsq_stream.pipeline.preflight import try_largest
 from rsq_stream.pipeline.stage_statistics import StageStatistics
 from rsq_stream.pipeline.token_importance import TokenImportance, make_importance
@@ -232,35 +223,3 @@ def set_up(
         execution.keeps_weights,
         WriteBehind(output, copy_stream(device)),
     )
-
-
-def keeper(
-    index: int,
-    plan: QuantizationPlan,
-    source: Source,
-    write: Callable[[dict[str, Tensor]], None],
-) -> Keep:
-    """Give what writes a block's solutions to the output, packed."""
-    types = source.linear_types(index)
-
-    def keep(linear: str, solution: Solution) -> None:
-        name = block_prefix(index) + linear
-        scheme = plan.scheme(name, solution.code_OI.shape[1])
-        assert scheme is not None
-        write(encode_linear(name, solution, scheme, types[linear]))
-
-    return keep
-
-
-def schemes_and_grids(
-    index: int, plan: QuantizationPlan, source: Source, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Scheme], dict[str, Grid]]:
-    """Give scheme and grid of each linear of a block that is quantized, in order."""
-    schemes, grids = {}, {}
-    for linear, dtype in source.linear_types(index).items():
-        inputs = tensors[f"{linear}.weight"].shape[1]
-        scheme = plan.scheme(block_prefix(index) + linear, inputs)
-        if scheme is not None:
-            schemes[linear] = scheme
-            grids[linear] = make_grid(plan, scheme.bits, dtype)
-    return schemes, grids

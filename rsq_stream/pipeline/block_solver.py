@@ -15,18 +15,20 @@ from torch import Tensor
 from rsq_stream.algorithm.gptq.act_order import group_aware_order, put_back, reorder
 from rsq_stream.algorithm.gptq.error_propagation import Drift
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
-from rsq_stream.algorithm.gptq.solver import Solution, round_to_nearest, solve
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.gptq.solver import Solution, decoded, solve
 from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError, NumericalError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix, role
-from rsq_stream.ops.heap import give_back_free_memory
+from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.tensor_names import block_prefix, role
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.stream import Stream
-from rsq_stream.pipeline.stage_statistics import StageStatistics, TokenWeights
-from rsq_stream.planning.memory.solver import DECODED
+from rsq_stream.pipeline.stage_statistics import StageStatistics
+from rsq_stream.pipeline.token_importance import TokenWeights
+from rsq_stream.runtime.host_memory import give_back_free_memory
 
 Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
@@ -158,19 +160,6 @@ class BlockSolver:
                 dead_inputs=factor.dead_inputs,
             )
         )
-
-
-def decoded(
-    solution: Solution, grid: Grid, kind: torch.dtype = torch.float32
-) -> Tensor:
-    """Give the weights as a loader will see them, in a type that is exact for them."""
-    parts = (solution.code_OI, solution.scale_OG, solution.zero_OG)
-    rows = max(1, DECODED // solution.code_OI.shape[1])
-    made_OI = torch.empty_like(solution.code_OI, dtype=kind)
-    by_rows = zip(*(part.split(rows) for part in (*parts, made_OI)), strict=True)
-    for code_RI, scale_RG, zero_RG, made_RI in by_rows:
-        made_RI.copy_(grid.decode(code_RI, scale_RG, zero_RG))
-    return made_OI
 
 
 def round_block(

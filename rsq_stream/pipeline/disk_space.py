@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rsq_stream.checkpoint.files import hub_cache
-from rsq_stream.config.execution_plan import ExecutionPlan, RunOptions
+from rsq_stream.config.execution_plan import ExecutionPlan
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import DiskFullError
 from rsq_stream.storage import atomic
 

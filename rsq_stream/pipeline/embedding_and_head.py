@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.gptq.solver import round_to_nearest
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR
-from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.runtime.worker_pool import Pool
 

@@ -1,12 +1,20 @@
 """The grid of a plan: integers, NormalFloat, or the E8P lattice."""
 
-import torch
+from collections.abc import Callable, Mapping
 
+import torch
+from torch import Tensor
+
+from rsq_stream.algorithm.gptq.solver import Solution
 from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.algorithm.grids.nf import NormalFloat
+from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
+from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import INTEGER, LATTICE, NORMAL_FLOAT
+from rsq_stream.config.schemes import INTEGER, LATTICE, NORMAL_FLOAT, Scheme
+from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.pipeline.block_solver import Keep
 
 _GRIDS = {INTEGER: Grid, NORMAL_FLOAT: NormalFloat, LATTICE: LatticeGrid}
 
@@ -21,3 +29,35 @@ def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> G
         clip_steps=plan.clip_steps,
         storage_type=storage_type,
     )
+
+
+def keeper(
+    index: int,
+    plan: QuantizationPlan,
+    source: Source,
+    write: Callable[[dict[str, Tensor]], None],
+) -> Keep:
+    """Give what writes a block's solutions to the output, packed."""
+    types = source.linear_types(index)
+
+    def keep(linear: str, solution: Solution) -> None:
+        name = block_prefix(index) + linear
+        scheme = plan.scheme(name, solution.code_OI.shape[1])
+        assert scheme is not None
+        write(encode_linear(name, solution, scheme, types[linear]))
+
+    return keep
+
+
+def schemes_and_grids(
+    index: int, plan: QuantizationPlan, source: Source, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Scheme], dict[str, Grid]]:
+    """Give scheme and grid of each linear of a block that is quantized, in order."""
+    schemes, grids = {}, {}
+    for linear, dtype in source.linear_types(index).items():
+        inputs = tensors[f"{linear}.weight"].shape[1]
+        scheme = plan.scheme(block_prefix(index) + linear, inputs)
+        if scheme is not None:
+            schemes[linear] = scheme
+            grids[linear] = make_grid(plan, scheme.bits, dtype)
+    return schemes, grids

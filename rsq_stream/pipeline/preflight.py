@@ -14,7 +14,9 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError
 from rsq_stream.events import Notice
-from rsq_stream.model.architecture import STAGES, Architecture, block_prefix, role
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import STAGES
+from rsq_stream.model.tensor_names import block_prefix, role
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.linear_schemes import make_grid
 

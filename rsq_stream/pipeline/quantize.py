@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rsq_stream.calibration.text import Windows
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.hub_shards import OUTSIDE, bytes_to_fetch, mover
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.checkpoint.source_identity import SourceIdentity
-from rsq_stream.config.execution_plan import ExecutionPlan, RunOptions
+from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import DEVICE_FIELDS, QuantizationPlan
-from rsq_stream.device_change import settled
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import DamagedError, Interrupted, ScratchError
 from rsq_stream.events import (
     BlockFinished,
@@ -40,12 +40,14 @@ from rsq_stream.output.folder_checks import (
 )
 from rsq_stream.pipeline import disk_space
 from rsq_stream.pipeline.activations.calibration_pass import Passes, stopper
-from rsq_stream.pipeline.block_setup import keeper, schemes_and_grids, set_up
+from rsq_stream.pipeline.block_setup import set_up
 from rsq_stream.pipeline.block_solver import round_block
 from rsq_stream.pipeline.embedding_and_head import Outer
+from rsq_stream.pipeline.job import RunSummary
+from rsq_stream.pipeline.linear_schemes import keeper, schemes_and_grids
 from rsq_stream.pipeline.repair import Rebuilder
+from rsq_stream.pipeline.run import settled
 from rsq_stream.pipeline.stage_profile import StageMeter, StageTaken, added_up
-from rsq_stream.run_summary import RunSummary
 from rsq_stream.runtime.worker_pool import single_threaded_products
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Journal

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from rsq_stream.calibration.text import Windows
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import Listener, Notice
-from rsq_stream.model.architecture import STAGES, block_of, block_prefix
+from rsq_stream.model.families.base import STAGES
+from rsq_stream.model.tensor_names import block_of, block_prefix
 from rsq_stream.output.folder import OutputFolder
 from rsq_stream.pipeline.block_progress import TOKEN_WEIGHTS
 from rsq_stream.pipeline.block_setup import BlockSetup

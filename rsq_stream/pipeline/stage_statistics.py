@@ -8,43 +8,20 @@ from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm.gptq.error_propagation import Drift, stream_error
-from rsq_stream.algorithm.gptq.hessian import Hessian
+from rsq_stream.algorithm.gptq.error_propagation import (
+    Drift,
+    StageInput,
+    drift_error,
+)
+from rsq_stream.algorithm.gptq.hessian import Hessian, flat
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.model.architecture import STAGES, WRITES_H
-from rsq_stream.ops.two_terms import add_product, two_terms
-from rsq_stream.pipeline.activations.calibration_pass import FiniteWatch, Passes, flat
-from rsq_stream.pipeline.activations.stream import StageInput, Stream
-from rsq_stream.pipeline.token_importance import TokenImportance
-from rsq_stream.planning.memory.forward import OUTPUTS
-
-
-class TokenWeights:
-    """Importance of a block's tokens: one tensor, bf16 or for exact weights fp32.
-
-    A tensor per unit would lie between what a pass allocates and gives back, and the
-    heap would grow with every unit.
-    """
-
-    def __init__(self, weight_BT: Tensor, unit_sequences: int) -> None:
-        """Take weights ``[sequences, tokens]``, those of a unit in a row."""
-        self.weight_BT = weight_BT
-        self._unit_sequences = unit_sequences
-
-    def of_unit(self, unit: int) -> Float[Tensor, "T"]:
-        """Give a unit's weights end to end, in fp32."""
-        return self._rows(unit).float().reshape(-1)
-
-    def put(self, unit: int, weight_BT: Float[Tensor, "B T"]) -> None:
-        """Keep a unit's weights, which the type is exact for."""
-        self._rows(unit).copy_(weight_BT)
-
-    def _rows(self, unit: int) -> Tensor:
-        first = unit * self._unit_sequences
-        return self.weight_BT[first : first + self._unit_sequences]
+from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.finite_check import FiniteWatch
+from rsq_stream.pipeline.activations.stream import Stream
+from rsq_stream.pipeline.token_importance import TokenImportance, TokenWeights
 
 
 @dataclass
@@ -163,45 +140,3 @@ class StageStatistics:
         x_BTD = x_BTD.to(attention_in.value_BTI)
         weight_BT = self.importance.weights(unit, block, x_BTD, attention_in.value_BTI)
         self.token_weights.put(unit, weight_BT)
-
-
-def drift_error(
-    quantized: StageInput,
-    full: StageInput,
-    weight_T: Tensor,
-    weight_OI: Tensor | None,
-) -> Tensor:
-    """Give what a unit adds to a stage's drift, for each token: w times the error.
-
-    That of the input, or with ``weight_OI`` that of the output and its residual.
-    """
-    weighted_TI = stream_error(
-        flat(full.value_BTI), flat(quantized.value_BTI), weight_T
-    )
-    if weight_OI is None:
-        return weighted_TI
-    error_TO = _products(weighted_TI, weight_OI)
-    if quantized.residual_BTD is not None and full.residual_BTD is not None:
-        residuals = flat(full.residual_BTD), flat(quantized.residual_BTD)
-        error_TO += stream_error(*residuals, weight_T)
-    return error_TO
-
-
-def _products(weighted_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Compute x W^T in fp32; of weights in another type or place, some rows at a time.
-
-    Whole, they would be there twice. Of 16-bit weights a GPU makes products of x's two
-    terms, in which fp32 would take it ten times as long.
-    """
-    if weight_OI.dtype == torch.float32 and weight_OI.device == weighted_TI.device:
-        return weighted_TI @ weight_OI.T
-    parts = weight_OI.split(OUTPUTS)
-    if not weighted_TI.is_cuda or weight_OI.dtype == torch.float32:
-        return torch.cat([weighted_TI @ part.to(weighted_TI).T for part in parts], 1)
-    made_TO = weighted_TI.new_zeros(len(weighted_TI), len(weight_OI))
-    high, low, unit = two_terms(weighted_TI, weight_OI.dtype)
-    for made_TR, part_RI in zip(made_TO.split(OUTPUTS, 1), parts, strict=True):
-        there_IR = part_RI.to(weighted_TI.device).T
-        for term_TI in (high, low):
-            add_product(made_TR, term_TI, there_IR, unit)
-    return made_TO

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm import token_scores
-from rsq_stream.algorithm.importance._weighting import (
-    Weighting,
-    chosen_tokens,
-    mean_one,
-    rounded,
-)
-from rsq_stream.calibration.text import Windows
+from rsq_stream.algorithm.importance._positions import chosen_tokens
+from rsq_stream.algorithm.importance._weighting import Weighting, mean_one, rounded
+from rsq_stream.algorithm.importance.actdiff import steadiness
+from rsq_stream.algorithm.importance.actnorm import norm
+from rsq_stream.algorithm.importance.cluster import cluster_distance
+from rsq_stream.algorithm.importance.tokenfreq import rarity
+from rsq_stream.algorithm.importance.tokensim import dissimilarity
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.config.importance import HARD
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.block import Block
@@ -65,22 +65,22 @@ class TokenImportance:
         if kind == "attncon":
             return block.column_sums(a_BTD)
         if kind == "actnorm":
-            return token_scores.norm(x_BTD)
+            return norm(x_BTD)
         if kind == "tokensim":
-            return token_scores.dissimilarity(x_BTD)
+            return dissimilarity(x_BTD)
         if kind == "cluster":
-            return token_scores.cluster_distance(x_BTD)
+            return cluster_distance(x_BTD)
         if kind == "tokenfreq":
             assert self.count_V is not None
             count = self.plan.unit_sequences
             token_BT = self.windows.tokens(unit * count, count)
-            score_BT = token_scores.rarity(token_BT, self.count_V)
+            score_BT = rarity(token_BT, self.count_V)
             # The host waits for its copy to be taken over, not for the GPU.
             return score_BT.to(x_BTD.device, non_blocking=True)
         output_BTD = block.forward(x_BTD)
         if kind == "actnorm-output":
-            return token_scores.norm(output_BTD)
-        return token_scores.steadiness(x_BTD, output_BTD)
+            return norm(output_BTD)
+        return steadiness(x_BTD, output_BTD)
 
 
 def make_importance(plan: QuantizationPlan, windows: Windows) -> TokenImportance:
@@ -92,3 +92,28 @@ def make_importance(plan: QuantizationPlan, windows: Windows) -> TokenImportance
     if plan.importance == "tokenfreq":
         counts = windows.window_BT.flatten().bincount() * windows.expand
     return TokenImportance(plan, windows, counts)
+
+
+class TokenWeights:
+    """Importance of a block's tokens: one tensor, bf16 or for exact weights fp32.
+
+    A tensor per unit would lie between what a pass allocates and gives back, and the
+    heap would grow with every unit.
+    """
+
+    def __init__(self, weight_BT: Tensor, unit_sequences: int) -> None:
+        """Take weights ``[sequences, tokens]``, those of a unit in a row."""
+        self.weight_BT = weight_BT
+        self._unit_sequences = unit_sequences
+
+    def of_unit(self, unit: int) -> Float[Tensor, "T"]:
+        """Give a unit's weights end to end, in fp32."""
+        return self._rows(unit).float().reshape(-1)
+
+    def put(self, unit: int, weight_BT: Float[Tensor, "B T"]) -> None:
+        """Keep a unit's weights, which the type is exact for."""
+        self._rows(unit).copy_(weight_BT)
+
+    def _rows(self, unit: int) -> Tensor:
+        first = unit * self._unit_sequences
+        return self.weight_BT[first : first + self._unit_sequences]

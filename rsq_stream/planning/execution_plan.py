@@ -9,17 +9,13 @@ import torch
 from rsq_stream.checkpoint.files import SIDE_FILES
 from rsq_stream.checkpoint.hub_shards import Needs, require_hub
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.execution_plan import ExecutionPlan, RunOptions
+from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.errors import CheckpointError, UnsupportedModelError
-from rsq_stream.model.architecture import (
-    HEAD,
-    LINEARS,
-    Architecture,
-    block_prefix,
-    read_architecture,
-)
-from rsq_stream.output.folder import bits_per_weight, plan_layouts
+from rsq_stream.config.run_options import RunOptions
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.output.layout import bits_per_weight, plan_layouts
 from rsq_stream.pipeline.preflight import worth_trying
 from rsq_stream.planning.memory.fit import (
     DEVICE_OVERHEAD_BYTES,
@@ -35,47 +31,6 @@ from rsq_stream.storage.activation_shape import slot_shape
 
 _JOURNAL_BYTES = 256 << 10
 """An SQLite file with its rollback journal, before it grows with the model."""
-_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_IGNORED_ENDING = "rotary_emb.inv_freq"
-"""Buffers that old checkpoints carry and every loader recomputes."""
-
-
-def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
-    """Check config and headers against each other; gives the architecture.
-
-    Raises
-    ------
-    UnsupportedModelError
-        A family, type or tensor that this tool does not know.
-    CheckpointError
-        A tensor is missing or has another shape than the config says.
-    """
-    where = checkpoint.files.where
-    if "quantization_config" in checkpoint.config:
-        raise UnsupportedModelError(
-            f"{where}: is quantized already; give the full-precision checkpoint"
-        )
-    architecture = read_architecture(checkpoint.config, where)
-    expected = dict(architecture.outer_shapes())
-    for block in range(architecture.blocks):
-        prefix = block_prefix(block)
-        for name, shape in architecture.block_shapes().items():
-            expected[prefix + name] = shape
-    for name, shape in expected.items():
-        entry = checkpoint.entry(name, shape)
-        if entry.dtype not in _FLOAT_TYPES:
-            raise UnsupportedModelError(
-                f"{where}/{entry.shard}: {name} is {entry.dtype}; sources must be"
-                " float32, bfloat16 or float16"
-            )
-    known = {*expected, HEAD} if architecture.tied else set(expected)
-    for name in checkpoint.tensors:
-        if name not in known and not name.endswith(_IGNORED_ENDING):
-            raise CheckpointError(
-                f"{where}: {name} is not part of a"
-                f" {architecture.family.model_type} model as config.json describes it"
-            )
-    return architecture
 
 
 def plan_execution(

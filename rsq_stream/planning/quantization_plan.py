@@ -4,17 +4,17 @@ Every default is filled in here; what depends on the machine's memory is the pla
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from rsq_stream.algorithm.rotation.rotation import rotation_name
-from rsq_stream.calibration.text import DATA_SETS, Windows
+from rsq_stream.calibration.text import DATA_SETS
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.activations import ActivationFields
 from rsq_stream.config.importance import ImportanceFields
-from rsq_stream.config.overrides import resolve
+from rsq_stream.config.overrides import Override, parse_override, resolve
 from rsq_stream.config.propagation import parse_share
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
@@ -24,11 +24,12 @@ from rsq_stream.config.schemes import (
     INTEGER,
     KEPT,
     LATTICE,
-    Override,
-    parse_override,
 )
+from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
-from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.planning.devices import device_kind
 
 GPU_TILE_WEIGHTS = 1 << 27
@@ -51,67 +52,6 @@ _PASSED_ON = tuple(
     if field.default is not dataclasses.MISSING and field.name != "importance_tokens"
 )
 """Settings that a plan has as they are given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of ``quantize`` and ``plan`` that decide bytes; None is a default."""
-
-    method: str = "rsq"
-    bits: int = 4
-    bits_chosen: bool = False
-    """``--bpw`` is still to choose the bits: what overrides say is never as usual."""
-    group_size: int = 128
-    overrides: tuple[str, ...] = ()
-    """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
-    head_bits: int = KEPT
-    grid: str = INTEGER
-    symmetric: bool = True
-    signed_scales: bool = True
-    group_scales: str = "dynamic"
-    clip_exponent: float = 2.0
-    clip_steps: int = 80
-    damping: float = 0.01
-    shrinkage: float | None = None
-    rotation: str | None = None
-    """``portable``, ``full`` or ``none``; by default what the method does."""
-    importance: str | None = None
-    importance_min: float | None = None
-    importance_max: float = 1.0
-    importance_tokens: int | None = None
-    """By default a quarter of the window of ``first-n``, an eighth at each end."""
-    importance_chunks: str = ""
-    importance_power: int = 1
-    importance_visible: str = "no"
-    importance_transform: str = "no"
-    importance_quantile: float = 0.0
-    importance_skip: int = 0
-    importance_mask: float = 0.0
-    importance_truncate: float = 0.0
-    importance_bins: int = 0
-    importance_reverse: bool = False
-    importance_exact: bool = False
-    importance_linears: tuple[str, ...] = ()
-    calibration: str = "wikitext2"
-    samples: int = 256
-    sequence_length: int | None = None
-    expand: int = 1
-    propagate: float | None = None
-    propagate_overrides: tuple[str, ...] = ()
-    """``PATTERN=A``; the last that fits a linear wins."""
-    residual_correction: bool = True
-    act_order: bool = False
-    sweeps: int | None = None
-    refit: bool | None = None
-    seed: int = 0
-    cache_type: str | None = None
-    activation_bits: int = KEPT
-    activation_group_size: int = -1
-    activation_symmetric: bool = True
-    activation_clip: float = 1.0
-    kv_bits: int = KEPT
-    kv_symmetric: bool = True
-    kv_clip: float = 1.0
 
 
 def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:

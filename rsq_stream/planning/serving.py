@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR, KEPT
-from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
-from rsq_stream.output.shard_writer import ShardLayout
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.output.layout import ShardLayout
 
 KV_BYTES = 2
 """K and V are kept in 16 bits."""

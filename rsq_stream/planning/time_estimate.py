@@ -9,18 +9,13 @@ from math import prod
 from rsq_stream.algorithm.rotation.hadamard import kronecker_factors
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.model.architecture import (
-    LINEARS,
-    STAGES,
-    WRITES_H,
-    Architecture,
-    Stage,
-    role,
-)
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS, STAGES, WRITES_H, Stage
+from rsq_stream.model.tensor_names import role
 from rsq_stream.planning.machine_speed import Rates, solve_flops
 
 _BF16_TERMS = 2
-"""A GPU multiplies w x as two bf16 terms (``algorithm/hessian.py``)."""
+"""A GPU multiplies w x as two bf16 terms (``algorithm/gptq/hessian.py``)."""
 _TOUCHES = 4
 """Elementwise work of about silu(x) y, for each value that a pass makes."""
 

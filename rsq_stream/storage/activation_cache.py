@@ -132,7 +132,7 @@ class Slot:
     def arriving(self, units: Iterable[int], in_flight: int) -> Iterator[Tensor]:
         """Give units in order: on the GPU, where they go there beside its compute.
 
-        What is given holds for a run of ``in_flight`` (``ops/transit.py``).
+        What is given holds for a run of ``in_flight`` (``runtime/transfers.py``).
         """
         if self._transit is None:
             return self.read(units)

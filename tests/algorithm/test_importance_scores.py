@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm import token_scores
 from rsq_stream.algorithm.importance._weighting import (
     Weighting,
     affine,
@@ -15,7 +14,12 @@ from rsq_stream.algorithm.importance._weighting import (
     seen,
     transformed,
 )
-from rsq_stream.calibration.text import Windows
+from rsq_stream.algorithm.importance.actdiff import steadiness
+from rsq_stream.algorithm.importance.actnorm import norm
+from rsq_stream.algorithm.importance.cluster import cluster_distance
+from rsq_stream.algorithm.importance.tokenfreq import rarity
+from rsq_stream.algorithm.importance.tokensim import dissimilarity
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.config.importance import IMPORTANCES
 from rsq_stream.output.verify import verify
 from rsq_stream.pipeline.token_importance import make_importance
@@ -43,11 +47,9 @@ def random(shape: tuple[int, ...]) -> Tensor:
 def test_norms(shape: tuple[int, int, int]) -> None:
     x_BTD, output_BTD = random(shape), random(shape).flip(1) + 3
     exact = x_BTD.double().square().sum(-1).sqrt()
-    torch.testing.assert_close(
-        token_scores.norm(x_BTD).double(), exact, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(norm(x_BTD).double(), exact, rtol=1e-6, atol=0)
     exact = -(output_BTD.double() - x_BTD.double()).square().sum(-1).sqrt()
-    found = token_scores.steadiness(x_BTD, output_BTD)
+    found = steadiness(x_BTD, output_BTD)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
@@ -57,7 +59,7 @@ def test_dissimilarity_is_the_mean_over_all_pairs(shape: tuple[int, int, int]) -
     x64_BTD = x_BTD.double() + 100  # a common offset changes nothing
     pairs_BTT = (x64_BTD[:, :, None] - x64_BTD[:, None]).square().sum(-1)
     exact_BT = pairs_BTT.mean(-1)
-    found_BT = token_scores.dissimilarity((x_BTD.double() + 100).float())
+    found_BT = dissimilarity((x_BTD.double() + 100).float())
     torch.testing.assert_close(found_BT.double(), exact_BT, rtol=1e-4, atol=1e-4)
 
 
@@ -72,7 +74,7 @@ def test_rarity_counts_this_token_in_all_windows() -> None:
     # Unit 1 holds window 1 and its rolled copy.
     token_BT = made.windows.tokens(2, 2)
     assert token_BT.tolist() == [[1, 3, 3, 3], [3, 3, 1, 3]]
-    scores = token_scores.rarity(token_BT, made.count_V)
+    scores = rarity(token_BT, made.count_V)
     assert scores.tolist() == [[-6, -8, -8, -8], [-8, -8, -6, -8]]
 
 
@@ -80,7 +82,7 @@ def test_rarity_counts_this_token_in_all_windows() -> None:
 def test_cluster_distance_is_that_of_k_means(shape: tuple[int, int, int]) -> None:
     """Thirty steps in float64, token by token."""
     x_BTD = random(shape)
-    found_BT = token_scores.cluster_distance(x_BTD)
+    found_BT = cluster_distance(x_BTD)
     for x_TD, found_T in zip(x_BTD.double(), found_BT.double(), strict=True):
         tokens = len(x_TD)
         count = max(1, tokens // 8)

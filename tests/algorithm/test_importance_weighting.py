@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsq_stream.algorithm.importance._positions import chosen_tokens
 from rsq_stream.algorithm.importance._weighting import (
     Weighting,
     affine,
-    chosen_tokens,
     lowest,
     mean_one,
     rounded,

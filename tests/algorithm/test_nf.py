@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
-from rsq_stream.algorithm.gptq.solver import round_to_nearest, solve
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.gptq.solver import solve
 from rsq_stream.algorithm.grids.nf import NormalFloat, normal_values
 from rsq_stream.ops.table import (
     best_table_scale,

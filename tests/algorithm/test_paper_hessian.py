@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
-from rsq_stream.calibration.text import Windows, choose_windows, read_text
+from rsq_stream.calibration.text import read_text
 from rsq_stream.calibration.tokenizer import load_tokenizer
+from rsq_stream.calibration.windows import Windows, choose_windows
 from rsq_stream.pipeline import block_solver
-from rsq_stream.planning.execution_plan import inspect_checkpoint
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import textbook_rotations
 from tests.support.toy import (

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
-from rsq_stream.algorithm.gptq.solver import Solution, round_to_nearest, solve
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.gptq.solver import Solution, solve
 from rsq_stream.algorithm.grids.integer import Grid, decode
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import NumericalError

@@ -16,8 +16,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from rsq_stream.calibration import long_text as tokens
 from rsq_stream.calibration import text as calibration
-from rsq_stream.calibration.text import DATA_SETS, Windows, choose_windows, read_text
+from rsq_stream.calibration.text import DATA_SETS, read_text
 from rsq_stream.calibration.tokenizer import load_tokenizer
+from rsq_stream.calibration.windows import Windows, choose_windows
 from rsq_stream.demo import CALIBRATION, MODEL
 from rsq_stream.errors import CalibrationError, CheckpointError
 from tests.support.toy import toy_tokenizer, toy_windows

@@ -16,14 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsq_stream import row_chunks
+from rsq_stream.checkpoint import source
+from rsq_stream.checkpoint.formats.base import OutputTensor
 from rsq_stream.checkpoint.shards import SINGLE, Checkpoint
+from rsq_stream.checkpoint.source import CHUNK_BYTES, chunk_rows
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, DamagedError, Interrupted, OutputError
-from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
-from rsq_stream.output.shard_writer import OutputTensor, ShardWriter, lay_out
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
-from rsq_stream.row_chunks import CHUNK_BYTES, chunk_rows
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.output.layout import lay_out
+from rsq_stream.output.shard_writer import ShardWriter
+from rsq_stream.planning.execution_plan import plan_execution
+from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.storage import crash_points
 from tests.support.toy import (
     contents,
@@ -52,7 +55,7 @@ TOY: dict[str, Any] = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 rows, whatever the width: four of a toy's vocabulary, and 9 rows."""
-    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(source, "CHUNK_BYTES", 1)
 
 
 def test_a_chunk_is_whole_words_of_codes_and_of_a_fixed_size() -> None:
@@ -101,7 +104,7 @@ def test_chunks_decide_no_byte(
             yield chunk
 
     monkeypatch.setattr(Checkpoint, "read_chunks", counted)
-    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(source, "CHUNK_BYTES", 1)
     run_toy(folder, tmp_path / "chunks", **RUN | settings)
     assert read == [32, 32, 32, 32, 9] * 2
     assert contents(tmp_path / "chunks") == contents(tmp_path / "whole")
@@ -219,7 +222,7 @@ FEW_WORDS, VOCABULARY, WIDTH = 4096, 60_000, 512
 def child() -> None:
     """Quantize with a small vocabulary, then with a large one; says what that adds."""
     folder = Path(sys.argv[1])
-    row_chunks.CHUNK_BYTES = 1 << 20
+    source.CHUNK_BYTES = 1 << 20
     peaks = []
     # The first run also loads and compiles; it says nothing.
     for number, name in enumerate(("small", "small", "large")):
@@ -242,7 +245,7 @@ def test_memory_does_not_grow_with_the_vocabulary(disk_folder: Path) -> None:
         tensors = load_file(made / SINGLE)
         tensors[EMBEDDING] = torch.randn(words, WIDTH)
         save_file(tensors, made / SINGLE)
-    program = "from tests.test_row_chunks import child; child()"
+    program = "from tests.checkpoint.test_embedding_in_chunks import child; child()"
     said = subprocess.run(
         [sys.executable, "-c", program, disk_folder],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -18,13 +18,14 @@ from rsq_stream.checkpoint import files
 from rsq_stream.checkpoint.files import HubFiles, read_header
 from rsq_stream.checkpoint.hub_shards import OUTSIDE, Needs, bytes_to_fetch
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.execution_plan import RunOptions
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import CheckpointError, Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Listener, ignore
+from rsq_stream.pipeline.job import RunSummary
 from rsq_stream.pipeline.quantize import quantize
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
-from rsq_stream.run_summary import RunSummary
+from rsq_stream.planning.execution_plan import plan_execution
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.cli_runs import Run
 from tests.support.toy import (
     contents,

@@ -11,12 +11,13 @@ import torch
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.prefetch import ReadAhead
 from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.config.settings import Settings
 from rsq_stream.errors import CheckpointError, Interrupted
 from rsq_stream.events import BlockFinished, Event
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.planning.memory import fit
 from rsq_stream.planning.memory.stages import MemoryPlan
-from rsq_stream.planning.quantization_plan import Settings, make_plan
+from rsq_stream.planning.quantization_plan import make_plan
 from tests.support.toy import (
     Recorder,
     contents,

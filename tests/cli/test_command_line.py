@@ -15,6 +15,7 @@ from rsq_stream.cli.options.quantize_options import Job
 from rsq_stream.cli.options.resolve import prepare, settings_of
 
 from rsq_stream import __version__
+from rsq_stream.config.settings import Settings
 from rsq_stream.demo import MODEL
 from rsq_stream.errors import Interrupted, UsageError
 from rsq_stream.events import (
@@ -25,7 +26,6 @@ from rsq_stream.events import (
     StageStarted,
     UnitsDone,
 )
-from rsq_stream.planning.quantization_plan import Settings
 from tests.support.cli_runs import Run
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")

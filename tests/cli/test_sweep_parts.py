@@ -75,7 +75,7 @@ def test_places_share_the_memory(
     gpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One run asks the machine when it plans; several would all take what is free."""
-    monkeypatch.setattr("rsq_stream.ops.free_memory.available_bytes", lambda: 3000)
+    monkeypatch.setattr("rsq_stream.runtime.host_memory.available_bytes", lambda: 3000)
     assert [place.ram for place in places_for("cpu", 1)[0]] == [None]
     assert [place.ram for place in places_for("cpu", 4)[0]] == ["600"] * 4
     assert [place.ram for place in places_for(None, None)[0]] == ["800"] * 3

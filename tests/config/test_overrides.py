@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from rsq_stream.config.overrides import resolve
-from rsq_stream.config.schemes import Override, Scheme, parse_override
+from rsq_stream.config.overrides import Override, parse_override, resolve
+from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import Interrupted, UsageError
 from rsq_stream.events import Event, StageStarted
-from rsq_stream.model.architecture import block_of
+from rsq_stream.model.tensor_names import block_of
 from rsq_stream.output.verify import verify
 from tests.pipeline.test_repair import RUN, flip, goes_on, place_of, stopped
 from tests.pipeline.test_resume import SMALL

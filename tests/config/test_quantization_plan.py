@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.config.execution_plan import RunOptions
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.schemes import GROUP_SIZES, Scheme
 from rsq_stream.errors import RsqError, UsageError
 

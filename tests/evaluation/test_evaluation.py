@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rsq_stream import row_chunks
+from rsq_stream.checkpoint import source
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.errors import (
     CalibrationError,
@@ -64,7 +64,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows a unit, seven tokens and 32 words a tile of logits: all split."""
     monkeypatch.setattr(perplexity, "_UNIT_TOKENS", 66)
     monkeypatch.setattr(perplexity, "_LOGIT_TOKENS", 7)
-    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)  # 32 rows of the head at a time
+    monkeypatch.setattr(source, "CHUNK_BYTES", 1)  # 32 rows of the head at a time
 
 
 def little_memory(monkeypatch: pytest.MonkeyPatch, available: int = 0) -> None:

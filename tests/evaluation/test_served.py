@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rsq_stream.algorithm.gptq import error_propagation
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.checkpoint.manifest import served_scheme
 from rsq_stream.checkpoint.model_reader import ModelReader
@@ -22,7 +23,7 @@ from rsq_stream.evaluation import perplexity
 from rsq_stream.evaluation.generation import greedy_sample
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.events import Event, StageStarted
-from rsq_stream.pipeline import block_solver, stage_statistics
+from rsq_stream.pipeline import block_solver
 from rsq_stream.pipeline.bit_allocation.measure import measuring_plan
 from tests.support.cli_runs import Run
 from tests.support.textbook import token_weights
@@ -283,13 +284,14 @@ def test_the_full_precision_stream_stays_as_computed(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    drift_error = stage_statistics.drift_error
+    drift_error = error_propagation.drift_error
 
     def recording(quantized: Any, full: Any, *more: Any) -> Tensor:
         seen.append(full.value_BTI)
         return drift_error(quantized, full, *more)
 
-    monkeypatch.setattr(stage_statistics, "drift_error", recording)
+    place = "rsq_stream.pipeline.stage_statistics.drift_error"
+    monkeypatch.setattr(place, recording)
     settings: dict[str, Any] = {"method": "gptq", "propagate": 0.5} | W4A4KV4
     run_toy(toy, tmp_path / "out", plan={"unit_sequences": 5}, **settings)
     _, windows = plan_toy(toy, **settings)

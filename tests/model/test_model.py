@@ -12,19 +12,13 @@ from torch.nn.functional import rms_norm
 from rsq_stream.algorithm.rotation.rotation import make_rotation, rotation_name
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model import fused_rotation
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    FAMILIES,
-    FINAL_NORM,
-    HEAD,
-    LINEARS,
-    STAGES,
-    Architecture,
-    block_prefix,
-    read_architecture,
-)
-from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.architecture import Architecture, read_architecture
+from rsq_stream.model.block import Block
+from rsq_stream.model.families import FAMILIES
+from rsq_stream.model.families.base import LINEARS, STAGES
 from rsq_stream.model.fused_rotation import ModelRotation
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.transformers_layers import Rope, layer_config
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS = 50

@@ -24,17 +24,19 @@ from rsq_stream.errors import (
 )
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.events import Event, StageStarted
-from rsq_stream.model.architecture import FAMILIES, LINEARS
-from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.block import Block
+from rsq_stream.model.families import FAMILIES
+from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.online_rotation import (
     KEY,
     OnlineRotations,
     planned_rotations,
     read_rotations,
 )
+from rsq_stream.model.transformers_layers import Rope, layer_config
 from rsq_stream.output.verify import verify
 from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
-from rsq_stream.planning.execution_plan import inspect_checkpoint
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import matrix_of, textbook_rotations
 from tests.support.toy import (

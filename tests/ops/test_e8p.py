@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
-from rsq_stream.algorithm.gptq.solver import Solution, round_to_nearest, solve
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.gptq.solver import Solution, solve
 from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.ops import e8p_codebook
 from rsq_stream.ops.e8p import (

@@ -7,7 +7,6 @@ import pytest
 import torch
 from rsq_stream.cli.doctor import kernels
 
-from rsq_stream.algorithm.packing import pack_naive, unpack_naive
 from rsq_stream.algorithm.rotation.hadamard import (
     factors_of,
     hadamard_product,
@@ -28,6 +27,7 @@ from rsq_stream.ops import (
     two_terms,
 )
 from rsq_stream.ops.e8p_codebook import digit_values
+from rsq_stream.ops.pack import pack_naive, unpack_naive
 from tests.ops.test_clip_search import candidates, errors_of
 from tests.ops.test_clip_search import random as rows_of
 from tests.ops.test_column_sums import SCALING, eager_map, random_heads, worst

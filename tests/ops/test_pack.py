@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rsq_stream.algorithm.gptq.solver import Solution, round_to_nearest
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.gptq.solver import Solution
 from rsq_stream.algorithm.grids.integer import Grid, decode
-from rsq_stream.algorithm.packing import (
-    pack,
-    pack_naive,
-    packed_words,
-    unpack,
-    unpack_naive,
-)
 from rsq_stream.checkpoint.formats._quantization_config import (
     quantization_config,
     schemes_of,
@@ -31,6 +25,7 @@ from rsq_stream.checkpoint.formats.compressed_tensors import (
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import KernelError, UnsupportedModelError
 from rsq_stream.model.architecture import read_architecture
+from rsq_stream.ops.pack import pack, pack_naive, packed_words, unpack, unpack_naive
 from rsq_stream.runtime.worker_pool import Pool
 from tests.config.test_quantization_plan import plan
 from tests.support.toy import linear_names

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import rsq_stream
 import rsq_stream.demo
-from rsq_stream.algorithm.gptq.solver import round_to_nearest
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.gptq.solver import decoded
 from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.algorithm.grids.nf import NormalFloat, normal_values
-from rsq_stream.algorithm.packing import unpack
 from rsq_stream.checkpoint.formats._quantization_config import (
     quantization_config,
     schemes_of,
@@ -31,8 +31,8 @@ from rsq_stream.errors import CheckpointError, UnsupportedModelError, UsageError
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.ops.e8p_codebook import codeword_digits, digit_values
+from rsq_stream.ops.pack import unpack
 from rsq_stream.output.verify import verify
-from rsq_stream.pipeline.block_solver import decoded
 from rsq_stream.runtime.worker_pool import Pool
 from tests.config.test_quantization_plan import plan
 from tests.pipeline.test_repair import RUN as SMALL_RUN

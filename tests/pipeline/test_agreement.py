@@ -14,15 +14,18 @@ import torch
 from rsq_stream.cli.options.presets import PRESETS
 from transformers import AutoModelForCausalLM
 
-from rsq_stream.calibration.text import Windows, choose_windows, read_text
+from rsq_stream.calibration.text import read_text
 from rsq_stream.calibration.tokenizer import load_tokenizer
+from rsq_stream.calibration.windows import Windows, choose_windows
 from rsq_stream.checkpoint.files import open_files
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.execution_plan import RunOptions
+from rsq_stream.config.run_options import RunOptions
+from rsq_stream.config.settings import Settings
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from rsq_stream.pipeline.quantize import quantize
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
-from rsq_stream.planning.quantization_plan import Settings, make_plan
+from rsq_stream.planning.execution_plan import plan_execution
+from rsq_stream.planning.quantization_plan import make_plan
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import textbook_rotations
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from rsq_stream.algorithm.gptq.solver import round_to_nearest
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.grids.integer import decode
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.schemes import HEAD_LINEAR
 from rsq_stream.errors import Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
-from rsq_stream.model.architecture import LINEARS, STAGES
-from rsq_stream.output.folder import output_bits, source_weights
+from rsq_stream.model.families.base import LINEARS, STAGES
+from rsq_stream.output.layout import output_bits, source_weights
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import BITS, PROBE_BITS, Costs
 from rsq_stream.pipeline.bit_allocation.choose_bits import (
@@ -27,7 +27,7 @@ from rsq_stream.pipeline.bit_allocation.choose_bits import (
 )
 from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
 from rsq_stream.pipeline.linear_schemes import make_grid
-from rsq_stream.planning.execution_plan import inspect_checkpoint
+from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime.worker_pool import Pool
 from tests.pipeline.test_out_of_memory import Scarce
 from tests.pipeline.test_resume import SMALL
@@ -113,7 +113,8 @@ def test_a_cost_is_what_the_block_loses(toy: Path, costs: Costs) -> None:
     checkpoint = open_toy(toy)
     architecture = inspect_checkpoint(checkpoint)
     source = Source(checkpoint, architecture, made, torch.device("cpu"))
-    from rsq_stream.model.block import Block, Rope, layer_config
+    from rsq_stream.model.block import Block
+    from rsq_stream.model.transformers_layers import Rope, layer_config
 
     config = layer_config(architecture.family, checkpoint.config)
     rope = Rope(architecture.family, config, 16, torch.float32, torch.device("cpu"))
@@ -251,7 +252,7 @@ def least_bpw(toy: Path) -> float:
     """Give the bits per weight of the smallest output."""
     checkpoint = open_toy(toy)
     plan, _ = plan_toy(toy, **SETTINGS)
-    from rsq_stream.output.folder import output_bits, source_weights
+    from rsq_stream.output.layout import output_bits, source_weights
 
     architecture = inspect_checkpoint(checkpoint)
     return output_bits(checkpoint, architecture, plan) / source_weights(architecture)

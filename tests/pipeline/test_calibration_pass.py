@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsq_stream.algorithm.gptq.hessian import flat
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.checkpoint.model_reader import ModelReader
-from rsq_stream.model.architecture import LINEARS
-from rsq_stream.pipeline.activations.calibration_pass import flat
+from rsq_stream.model.families.base import LINEARS
 from tests.support.toy import open_toy, run_toy, toy_checkpoint
 
 IN_FLIGHT = 2

@@ -13,13 +13,13 @@ from compressed_tensors.utils import is_match
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-from rsq_stream.algorithm.gptq.solver import round_to_nearest
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
 from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
-from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.output.verify import verify
 from rsq_stream.runtime.worker_pool import Pool
 from tests.support.toy import (

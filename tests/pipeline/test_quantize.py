@@ -12,17 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rsq_stream.algorithm.gptq.error_propagation import StageInput
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
-from rsq_stream.calibration.text import Windows
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import BudgetError, CheckpointError, NumericalError
 from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDone
-from rsq_stream.model.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, STAGES
 from rsq_stream.model.block import Block
+from rsq_stream.model.families.base import LINEARS, STAGES
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.pipeline import block_solver
-from rsq_stream.pipeline.activations import calibration_pass
-from rsq_stream.pipeline.activations.stream import StageInput, Stream
-from rsq_stream.planning.execution_plan import inspect_checkpoint
+from rsq_stream.pipeline.activations import finite_check
+from rsq_stream.pipeline.activations.stream import Stream
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.toy import (
     Recorder,
     contents,
@@ -348,7 +350,7 @@ def test_both_streams_are_looked_at(
 
     monkeypatch.setattr(Stream, "stage_input", spoiled)
     if gpu:  # one look, at the end of the pass
-        monkeypatch.setattr(calibration_pass, "_looks_at_each_unit", lambda _: False)
+        monkeypatch.setattr(finite_check, "_looks_at_each_unit", lambda _: False)
     execution = {"in_flight": 1, "resident_units": 0}
     settings: dict[str, Any] = {"propagate": 0.5, "execution": execution}
     message = r"^block 0, attention out, sequence 2, token 3"

@@ -15,7 +15,8 @@ import pytest
 
 from rsq_stream.errors import Interrupted, OutputError, PlanMismatchError, ScratchError
 from rsq_stream.events import BlockFinished, Event, LinearRecord, StageStarted
-from rsq_stream.model.architecture import LINEARS, role
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import role
 from rsq_stream.pipeline.block_solver import BlockSolver
 from rsq_stream.storage import atomic
 from rsq_stream.storage.crash_points import observed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.calibration.text import Windows
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.errors import (
     Interrupted,
     OutputError,

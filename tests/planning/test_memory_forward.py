@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rsq_stream.model.architecture import STAGES
+from rsq_stream.model.families.base import STAGES
 from rsq_stream.pipeline.activations.calibration_pass import Passes
-from rsq_stream.planning.execution_plan import inspect_checkpoint
 from rsq_stream.planning.memory.forward import forward_bytes, unit_bytes
+from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime.worker_pool import Pool
 from tests.support.toy import open_toy, plan_toy, run_toy, toy_checkpoint
 

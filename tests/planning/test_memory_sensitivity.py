@@ -9,16 +9,19 @@ import torch
 
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.execution_plan import RunOptions, StageMemory
+from rsq_stream.config.execution_plan import StageMemory
+from rsq_stream.config.run_options import RunOptions
+from rsq_stream.config.settings import Settings
 from rsq_stream.errors import BudgetError
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import BlockMeter
 from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
 from rsq_stream.planning import quantization_plan
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
+from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.memory.sensitivity import MeasuringMemory
 from rsq_stream.planning.memory.stages import MemoryPlan
-from rsq_stream.planning.quantization_plan import Settings, make_plan
+from rsq_stream.planning.quantization_plan import make_plan
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.planning.test_memory_stages import LLAMA, write_headers
 from tests.support.toy import (
     contents,

@@ -15,14 +15,17 @@ from rsq_stream.cli.options.resolve import Prepared, on_this_card
 
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.execution_plan import RunOptions
+from rsq_stream.config.run_options import RunOptions
+from rsq_stream.config.settings import Settings
 from rsq_stream.errors import BudgetError
-from rsq_stream.model.architecture import block_prefix, read_architecture
+from rsq_stream.model.architecture import read_architecture
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.planning import quantization_plan
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
+from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.memory import fit
 from rsq_stream.planning.memory.stages import MemoryPlan
-from rsq_stream.planning.quantization_plan import Settings, make_plan
+from rsq_stream.planning.quantization_plan import make_plan
+from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime import device_memory
 from tests.support.cli_runs import Run
 from tests.support.toy import contents, run_toy, toy_checkpoint
@@ -268,7 +271,9 @@ def test_what_no_option_states_is_fitted_to_the_machine(
 def test_a_machine_that_is_too_small_is_said(
     models: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rsq_stream.ops.free_memory.available_bytes", lambda: 10 << 20)
+    monkeypatch.setattr(
+        "rsq_stream.runtime.host_memory.available_bytes", lambda: 10 << 20
+    )
     code, out, err = run("plan", models["8B"], "--bits", "2", "--ram", "12GiB")
     assert code == 0
     found = re.search(r"host memory +(\d+\.\d\d GiB) of", out)

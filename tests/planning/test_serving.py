@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.config.settings import Settings
 from rsq_stream.demo import MODEL
-from rsq_stream.output.folder import plan_layouts
-from rsq_stream.planning.execution_plan import inspect_checkpoint
-from rsq_stream.planning.quantization_plan import Settings, make_plan
+from rsq_stream.output.layout import plan_layouts
+from rsq_stream.planning.quantization_plan import make_plan
 from rsq_stream.planning.serving import Serving, serving
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.cli_runs import Run
 
 TRANSFORMERS = "transformers with compressed-tensors 0.18 or newer"

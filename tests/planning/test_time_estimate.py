@@ -12,9 +12,9 @@ import torch
 
 from rsq_stream.demo import MODEL
 from rsq_stream.pipeline.stage_profile import StageMeter, StageTaken, added_up
-from rsq_stream.planning.execution_plan import inspect_checkpoint
 from rsq_stream.planning.machine_speed import Rates, measure_rates
 from rsq_stream.planning.time_estimate import Prediction, predict
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.cli_runs import SMALL, Run
 from tests.support.toy import execution_for, open_toy, options_for, plan_toy
 

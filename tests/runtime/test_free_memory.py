@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rsq_stream.ops.free_memory import available_bytes
+from rsq_stream.runtime.host_memory import available_bytes
 
 MIB = 1 << 20
 UNLIMITED = 1 << 60

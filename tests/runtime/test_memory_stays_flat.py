@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
+from rsq_stream.planning.execution_plan import plan_execution
+from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.toy import (
     contents,
     open_toy,
@@ -36,8 +37,6 @@ PLAN = {
 }
 SLACK_BYTES = 16 << 20
 """What the budget has above the planner's least: less than a slot of the few."""
-
-
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 """Has glibc map each tensor by itself. What its heap keeps between small objects
 differs by some 50 MB from run to run; what a run holds does not."""
@@ -79,7 +78,7 @@ def run(
     folder: Path, output: Path, samples: int, ram: str, **variables: str
 ) -> tuple[Peak, int]:
     """Quantize in another process; gives its peak and the budget it had."""
-    program = "from tests.test_memory import child; child()"
+    program = "from tests.runtime.test_memory_stays_flat import child; child()"
     arguments = [str(folder), str(output), str(samples), ram]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],

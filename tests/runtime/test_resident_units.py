@@ -68,7 +68,7 @@ def test_units_in_memory_take_their_size(disk_folder: Path) -> None:
         dtype=torch.bfloat16,
         straddle=False,
     )
-    program = "from tests.test_kept_units import child; child()"
+    program = "from tests.runtime.test_resident_units import child; child()"
     arguments = [str(toy), str(disk_folder / "out")]
     made = subprocess.run(
         [sys.executable, "-c", program, *arguments],

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rsq_stream.errors import DamagedError, NumericalError
-from rsq_stream.pipeline.activations import calibration_pass, slots
-from rsq_stream.pipeline.activations.calibration_pass import FiniteWatch
+from rsq_stream.pipeline.activations import calibration_pass, finite_check, slots
+from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.runtime import transfers
 from rsq_stream.runtime.copy_stream import SideStream, pinned_bytes
 from rsq_stream.runtime.transfers import Inbound, Outbound, Transit, pinned_total
@@ -276,7 +276,7 @@ def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
 def test_a_bad_place_is_named(
     monkeypatch: pytest.MonkeyPatch, looks: bool, bad: float
 ) -> None:
-    monkeypatch.setattr(calibration_pass, "_looks_at_each_unit", lambda _: looks)
+    monkeypatch.setattr(finite_check, "_looks_at_each_unit", lambda _: looks)
     watch = FiniteWatch(3, "mlp in", 6, 5, torch.device("cpu"))
     x_BTD = torch.full((2, 5, 7), 3e38)  # finite, but its sum is not
     watch.see(x_BTD, 0)

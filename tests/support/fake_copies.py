@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq import ldl
-from rsq_stream.pipeline.activations import calibration_pass, slots
+from rsq_stream.pipeline.activations import finite_check, slots
 from rsq_stream.runtime.copy_stream import Moment
 
 POISON = 171
@@ -125,6 +125,6 @@ def take_a_gpus_way(monkeypatch: pytest.MonkeyPatch, seed: int) -> FakeDevice:
     fake = FakeDevice(seed, lazy=False)
     monkeypatch.setattr(slots, "copies_aside", lambda _: True)
     monkeypatch.setattr(slots, "SideStream", lambda _: FakeCopies(fake))
-    monkeypatch.setattr(calibration_pass, "_looks_at_each_unit", lambda _: False)
+    monkeypatch.setattr(finite_check, "_looks_at_each_unit", lambda _: False)
     monkeypatch.setattr(ldl, "_looks_at_each_block", lambda _: False)
     return fake

@@ -1,9 +1,9 @@
 """Record a run step by step; then make the disk as a crash at any step leaves it.
 
-The seam (``storage/steps.py``) names every step. A recording keeps the files as they
-are at each of them: what a kill at that step leaves. A ledger follows what was made
-durable: bytes since a file's last sync, names, renames and removals whose folder was
-not synced are what a power cut may still undo, in any combination.
+The seam (``storage/crash_points.py``) names every step. A recording keeps the files as
+they are at each of them: what a kill at that step leaves. A ledger follows what was
+made durable: bytes since a file's last sync, names, renames and removals whose folder
+was not synced are what a power cut may still undo, in any combination.
 """
 
 import shutil

@@ -17,19 +17,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rsq_stream.calibration.text import Windows
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
 from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.execution_plan import ExecutionPlan, RunOptions
+from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.run_options import RunOptions
+from rsq_stream.config.settings import Settings
 from rsq_stream.events import Event, Listener, ignore
-from rsq_stream.model.architecture import FAMILIES, LINEARS, block_prefix
+from rsq_stream.model.families import FAMILIES
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.pipeline.job import RunSummary
 from rsq_stream.pipeline.quantize import quantize
-from rsq_stream.planning.execution_plan import inspect_checkpoint, plan_execution
-from rsq_stream.planning.quantization_plan import Settings, make_plan
-from rsq_stream.run_summary import RunSummary
+from rsq_stream.planning.execution_plan import plan_execution
+from rsq_stream.planning.quantization_plan import make_plan
+from rsq_stream.planning.validate import inspect_checkpoint
 
 SMALL_PLAN: dict[str, Any] = {
     "unit_sequences": 2,

@@ -12,13 +12,27 @@ asymmetric calibration (GPTAQ, arXiv 2504.02692) and as quantization error
 propagation (QEP, arXiv 2504.09629).
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rsq_stream.algorithm.gptq.hessian import flat
 from rsq_stream.algorithm.gptq.ldl import Factor
 from rsq_stream.ops.two_terms import add_product, two_terms
 from rsq_stream.runtime.worker_pool import Pool
+
+OUTPUTS = 2048
+"""Rows of a 16-bit weight that are used at a time, for the drift."""
+
+
+class StageInput(NamedTuple):
+    """What the linears of a stage read, and what their output is added to."""
+
+    value_BTI: Tensor
+    residual_BTD: Tensor | None = None
+    """x for o, h for down; the other linears add to nothing."""
 
 
 class Drift:
@@ -104,3 +118,45 @@ def stream_error(
     Of inputs it makes ``Drift`` accumulate C - H.
     """
     return weight_T[:, None] * (full_TI.float() - u_TI.float())
+
+
+def drift_error(
+    quantized: StageInput,
+    full: StageInput,
+    weight_T: Tensor,
+    weight_OI: Tensor | None,
+) -> Tensor:
+    """Give what a unit adds to a stage's drift, for each token: w times the error.
+
+    That of the input, or with ``weight_OI`` that of the output and its residual.
+    """
+    weighted_TI = stream_error(
+        flat(full.value_BTI), flat(quantized.value_BTI), weight_T
+    )
+    if weight_OI is None:
+        return weighted_TI
+    error_TO = _products(weighted_TI, weight_OI)
+    if quantized.residual_BTD is not None and full.residual_BTD is not None:
+        residuals = flat(full.residual_BTD), flat(quantized.residual_BTD)
+        error_TO += stream_error(*residuals, weight_T)
+    return error_TO
+
+
+def _products(weighted_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Compute x W^T in fp32; of weights in another type or place, some rows at a time.
+
+    Whole, they would be there twice. Of 16-bit weights a GPU makes products of x's two
+    terms, in which fp32 would take it ten times as long.
+    """
+    if weight_OI.dtype == torch.float32 and weight_OI.device == weighted_TI.device:
+        return weighted_TI @ weight_OI.T
+    parts = weight_OI.split(OUTPUTS)
+    if not weighted_TI.is_cuda or weight_OI.dtype == torch.float32:
+        return torch.cat([weighted_TI @ part.to(weighted_TI).T for part in parts], 1)
+    made_TO = weighted_TI.new_zeros(len(weighted_TI), len(weight_OI))
+    high, low, unit = two_terms(weighted_TI, weight_OI.dtype)
+    for made_TR, part_RI in zip(made_TO.split(OUTPUTS, 1), parts, strict=True):
+        there_IR = part_RI.to(weighted_TI.device).T
+        for term_TI in (high, low):
+            add_product(made_TR, term_TI, there_IR, unit)
+    return made_TO

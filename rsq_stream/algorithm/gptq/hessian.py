@@ -67,3 +67,8 @@ def accumulate(
     high, low, unit = two_terms(x_TC, x_TI.dtype, weight_T)
     for term_TC in (high, low):
         add_product(panel_IC, x_TI.T, term_TC, unit)
+
+
+def flat(x_BTI: Tensor) -> Tensor:
+    """Lay the sequences of a unit end to end: ``[B T, I]``."""
+    return x_BTI.reshape(-1, x_BTI.shape[-1])

@@ -59,3 +59,8 @@ def _row_losses(error_NI: Float[Tensor, "N I"], factor: Factor) -> Float64[Tenso
         total_N += (error_NW * product_NW).sum(1)
         start = end
     return total_N
+
+
+def lost_share(loss: float, energy: float) -> float:
+    """Return loss / energy, and 0 where there is no energy to lose."""
+    return loss / energy if energy > 0 else 0.0

@@ -1,7 +1,7 @@
 """One tile of rows on its way through all columns.
 
 Per block of columns one product with the errors so far, then the sweep; afterwards
-refit and descent (``polish.py``). A grid may have several scales of a row tried: the
+refit and descent (``refine.py``). A grid may have several scales of a row tried: the
 row is swept with each, and keeps the one that leaves the least loss. In the end all
 is compared with plain rounding to the scales that are kept.
 """

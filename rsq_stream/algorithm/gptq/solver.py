@@ -6,7 +6,8 @@ the best code for column k, earlier ones given, rounds
 w_k + sum_{j<k} e_j U[j, k]. In exact arithmetic that is GPTQ (Frantar et al.
 2022); the form without inverse is that of QuIP (Chee et al. 2023, LDLQ).
 
-Rows are independent: a tile of rows goes through all columns by itself (``tile.py``).
+Rows are independent: a tile of rows goes through all columns by itself
+(``row_tile.py``).
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.ldl import Factor
+from rsq_stream.algorithm.gptq.loss import lost_share
 from rsq_stream.algorithm.gptq.row_tile import (
     Tile,
     group_inverses,
@@ -28,6 +30,8 @@ from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.errors import NumericalError
 from rsq_stream.runtime.worker_pool import Pool
 
+DECODED = 1 << 24
+"""Codes that are decoded at a time (packing takes fewer)."""
 Target = Callable[[Tensor, slice], Tensor]
 """Gives what some rows ``[R, I]`` of the weights are to become, from these rows."""
 
@@ -64,7 +68,7 @@ def solve(
     ``group_size`` divides I, or is -1 for one scale a row. With
     ``dynamic_scales`` a group's scale is searched on the targets, when the sweep
     reaches it; otherwise on the weights. ``sweeps`` passes of coordinate descent and
-    a ``refit`` of the scales follow (``polish.py``). Where the loss exceeds that of
+    a ``refit`` of the scales follow (``refine.py``). Where the loss exceeds that of
     rounding with the same scales, the rounded codes are kept.
 
     The weights may lie in host memory: tile by tile they go to where the factor is.
@@ -125,40 +129,20 @@ def solve(
         code_OI=code_OI,
         scale_OG=scale_OG,
         zero_OG=zero_OG,
-        relative_error=_share(best, energy),
-        rounding_error=_share(rounded, energy),
+        relative_error=lost_share(best, energy),
+        rounding_error=lost_share(rounded, energy),
         kept_rounding=kept_rounding,
     )
 
 
-def round_to_nearest(
-    weight_OI: Float[Tensor, "O I"],
-    grid: Grid,
-    group_size: int,
-    tile_rows: int,
-    pool: Pool,
-) -> Solution:
-    """Quantize a linear by rounding alone: method ``rtn``."""
-    inputs = weight_OI.shape[1]
-    columns = inputs if group_size == -1 else group_size
-
-    def one(weight_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight_LC = weight_RI.reshape(-1, columns)
-        scale_L, zero_L = grid.search(weight_LC)
-        code_LC = grid.nearest(weight_LC, scale_L, zero_L).to(torch.uint8)
-        shape = (weight_RI.shape[0], -1)
-        return code_LC.reshape(shape), scale_L.reshape(shape), zero_L.reshape(shape)
-
-    parts = pool.map(one, weight_OI.split(tile_rows))
-    code_OI, scale_OG, zero_OG = (torch.cat(part) for part in zip(*parts, strict=True))
-    error_OI = weight_OI - grid.decode(code_OI, scale_OG, zero_OG)
-    lost, energy = (
-        float(x_OI.double().square().sum()) for x_OI in (error_OI, weight_OI)
-    )
-    error = _share(lost, energy)
-    return Solution(code_OI, scale_OG, zero_OG, error, error, kept_rounding=False)
-
-
-def _share(loss: float, energy: float) -> float:
-    """Give loss / energy, 0 where there is no energy to lose."""
-    return loss / energy if energy > 0 else 0.0
+def decoded(
+    solution: Solution, grid: Grid, kind: torch.dtype = torch.float32
+) -> Tensor:
+    """Give the weights as a loader will see them, in a type that is exact for them."""
+    parts = (solution.code_OI, solution.scale_OG, solution.zero_OG)
+    rows = max(1, DECODED // solution.code_OI.shape[1])
+    made_OI = torch.empty_like(solution.code_OI, dtype=kind)
+    by_rows = zip(*(part.split(rows) for part in (*parts, made_OI)), strict=True)
+    for code_RI, scale_RG, zero_RG, made_RI in by_rows:
+        made_RI.copy_(grid.decode(code_RI, scale_RG, zero_RG))
+    return made_OI

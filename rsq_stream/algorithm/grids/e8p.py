@@ -1,8 +1,8 @@
 """The E8P lattice grid: 8 weights share a codeword of 16 bits, a row its scale.
 
-In memory a code is a weight's digit (``ops/codebook.py``), so solver, refit and descent
-treat it as any grid with a table; that 8 digits are a codeword, the sweep and the
-descent see to, which work in blocks of 8 columns.
+In memory a code is a weight's digit (``ops/e8p_codebook.py``), so solver, refit and
+descent treat it as any grid with a table; that 8 digits are a codeword, the sweep and
+the descent see to, which work in blocks of 8 columns.
 """
 
 from typing import ClassVar

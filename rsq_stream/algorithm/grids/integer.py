@@ -5,46 +5,26 @@ the symmetric grid z = 2**(bits-1), so the levels are -2**(bits-1) ..
 2**(bits-1) - 1 times s; a negative s mirrors them, at no cost in the format.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from rsq_stream.algorithm.grids.base import picked, shrinking_shares
 from rsq_stream.ops.clip_search import best_scale
 from rsq_stream.ops.column_sweep import Swept, sweep
 from rsq_stream.ops.descent import descend
 from rsq_stream.ops.rounding import Rounded, round_columns
 from rsq_stream.ops.scale_search import Searched, search_scales
 
-CLIP_STEP = 0.01
-"""Candidate scales shrink by 1 % of the full range, as in the reference code."""
-
-
-@functools.cache
-def shrinking_shares(steps: int, device: torch.device) -> Float[Tensor, "P"]:
-    """Give the candidates' shares of a full range: 1.00, 0.99, ..."""
-    return 1 - CLIP_STEP * torch.arange(steps, dtype=torch.float32, device=device)
-
-
-def picked(
-    scale_RP: Float[Tensor, "R P"], best_R: Int[Tensor, "R"], *, mirrored: bool
-) -> Float[Tensor, "R"]:
-    """Give each row's best candidate, p of ``best_R`` itself and -1 - p its mirror."""
-    if not mirrored:
-        return scale_RP.gather(1, best_R[:, None])[:, 0]
-    index_R = torch.where(best_R < 0, -1 - best_R, best_R)
-    scale_R = scale_RP.gather(1, index_R[:, None])[:, 0]
-    return torch.where(best_R < 0, -scale_R, scale_R)
-
 
 @dataclass(frozen=True)
 class Grid:
     """A family of grids; ``search`` picks scale and zero point for given weights.
 
-    These are the integers; ``table_grid.py`` has the others, of values in a table.
+    These are the integers; ``_table.py`` has the others, of values in a table.
     """
 
     trials: ClassVar[tuple[float, ...]] = ()
@@ -165,7 +145,7 @@ class Grid:
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Swept:
-        """Quantize a block of columns (``ops/sweep.py``)."""
+        """Quantize a block of columns (``ops/column_sweep.py``)."""
         return sweep(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
 
     def descend(

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.algorithm.grids._table import TableGrid
-from rsq_stream.algorithm.grids.integer import picked, shrinking_shares
+from rsq_stream.algorithm.grids.base import picked, shrinking_shares
 from rsq_stream.ops.column_sweep import Swept
 from rsq_stream.ops.table import (
     best_table_scale,

@@ -130,19 +130,6 @@ def binned(
     return minimum + (maximum - minimum) * bin_BT / max(1, bins - 1)
 
 
-def chosen_tokens(
-    sequences: int,
-    tokens: int,
-    kept: list[tuple[int, int]],
-    device: torch.device | None = None,
-) -> Float[Tensor, "B T"]:
-    """Weigh the tokens of some ranges 1 and the others 0 (First-N and its kin)."""
-    weight_T = torch.zeros(tokens, device=device)
-    for start, end in kept:
-        weight_T[start:end] = 1.0
-    return weight_T.expand(sequences, tokens).contiguous()
-
-
 def mean_one(weight_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Scale each sequence to mean 1, so that all contribute equally to H.
 

@@ -4,10 +4,10 @@ Linears are named by patterns that a loader matches against the names of its mod
 one for a linear of all blocks, or of those blocks that share a scheme.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from rsq_stream.checkpoint.formats._targets import HEAD_PATTERN, names_of, pattern_of
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
     COMPRESSED_TENSORS,
@@ -20,8 +20,10 @@ from rsq_stream.config.schemes import (
     Scheme,
 )
 from rsq_stream.errors import UnsupportedModelError
-from rsq_stream.model.architecture import LINEARS, Architecture, block_prefix
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.online_rotation import KEY, written_rotations
+from rsq_stream.model.tensor_names import block_prefix
 
 FORMAT = "pack-quantized"
 _OWN_GRIDS = (NORMAL_FLOAT, LATTICE)
@@ -32,7 +34,6 @@ _OURS = {
     "actorder": (None, "weight", "static"),
 }
 """What we write, or what means the same; anything else would be read wrongly."""
-_HEAD_PATTERN = f"re:.*{HEAD_LINEAR}$"
 
 
 def quantization_config(
@@ -60,7 +61,7 @@ def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str,
             blocks.setdefault(scheme, []).append(block)
         for scheme, members in blocks.items():
             some = None if len(blocks) == 1 else members
-            targets.setdefault(scheme, []).append(_pattern(linear, some))
+            targets.setdefault(scheme, []).append(pattern_of(linear, some))
     head = plan.scheme(HEAD_LINEAR, architecture.width)
     if len(targets) == 1 and None not in targets and head is None:
         targets = {scheme: ["Linear"] for scheme in targets}
@@ -68,7 +69,7 @@ def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str,
     if head is None:
         ignored = [HEAD_LINEAR, *ignored]
     else:
-        targets.setdefault(head, []).append(_HEAD_PATTERN)
+        targets.setdefault(head, []).append(HEAD_PATTERN)
     if plan.grid != INTEGER:
         return _own_format(plan.grid, targets, ignored)
     return {
@@ -122,14 +123,6 @@ def _own_format(
     }
 
 
-def _pattern(linear: str, blocks: Iterable[int] | None) -> str:
-    """Give the pattern of a linear in all blocks (None) or in some."""
-    name = re.escape(linear)
-    if blocks is None:
-        return f"re:.*{name}$"
-    return rf"re:.*layers\.(?:{'|'.join(map(str, blocks))})\.{name}$"
-
-
 def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
     channel = scheme.group_size == -1
     return {
@@ -169,9 +162,9 @@ def schemes_of(
             scheme = _scheme(group["weights"], grid)
             for target in group["targets"]:
                 if scheme is not None:
-                    found.update(dict.fromkeys(_named(target, blocks), scheme))
+                    found.update(dict.fromkeys(names_of(target, blocks), scheme))
         for target in quantization["ignore"] if found else ():
-            found.update(dict.fromkeys(_named(target, blocks), None))
+            found.update(dict.fromkeys(names_of(target, blocks), None))
     except (AttributeError, KeyError, TypeError, ValueError):
         found = {}
     if set(found) != names | {HEAD_LINEAR}:
@@ -205,29 +198,3 @@ def _scheme(weights: Mapping[str, Any], grid: str | None) -> Scheme | None:
     if grid == LATTICE:
         known = (scheme.bits, scheme.group_size) == (2, -1)
     return scheme if known else None
-
-
-_TARGET = re.compile(
-    r"re:\.\*(?:layers\\\.\(\?:(?P<blocks>[\d|]+)\)\\\.)?(?P<name>.+)\$"
-)
-"""What ``_pattern`` gives; patterns of a file are compared, never run."""
-
-
-def _named(target: str, blocks: int) -> list[str]:
-    """Give the full names that a target stands for; none if it is not one of ours."""
-    if target in (HEAD_LINEAR, _HEAD_PATTERN):
-        return [HEAD_LINEAR]
-    wanted: Iterable[int] = range(blocks)
-    linears = [target]
-    if target == "Linear":
-        linears = [re.escape(linear) for linear in LINEARS]
-    elif found := _TARGET.fullmatch(target):
-        linears = [found["name"]]
-        if found["blocks"] is not None:
-            wanted = [int(block) for block in found["blocks"].split("|")]
-    return [
-        block_prefix(block) + linear
-        for linear in LINEARS
-        if re.escape(linear) in linears
-        for block in wanted
-    ]

@@ -1,14 +1,14 @@
 """How a quantized linear lies in the output.
 
 Integers lie as compressed-tensors ``pack-quantized`` has them. Per linear:
-``weight_packed`` int32 [O, ceil(I bits / 32)] (dense, see ``algorithm/packing.py``),
+``weight_packed`` int32 [O, ceil(I bits / 32)] (dense, see ``ops/pack.py``),
 ``weight_scale`` [O, G] in the model's type, ``weight_shape`` int64 [2], and
 ``weight_zero_point`` where the grid has one, packed along O. transformers and vLLM read
 it; 2, 3, 5, 6, 7 bits need compressed-tensors >= 0.18.
 
 The other grids no runtime reads. NormalFloat has the same tensors, and its codes stand
-for the values of ``algorithm/normal_float.py``; of E8P, ``weight_packed`` is int16
-[O, I / 8], the 16 bits of an index of ``ops/codebook.py`` for each 8 weights.
+for the values of ``algorithm/grids/nf.py``; of E8P, ``weight_packed`` is int16
+[O, I / 8], the 16 bits of an index of ``ops/e8p_codebook.py`` for each 8 weights.
 """
 
 from collections.abc import Callable
@@ -21,26 +21,16 @@ from rsq_stream.algorithm.gptq.solver import Solution
 from rsq_stream.algorithm.grids._table import decode_table
 from rsq_stream.algorithm.grids.integer import decode
 from rsq_stream.algorithm.grids.nf import normal_values
-from rsq_stream.algorithm.packing import pack, packed_words, unpack
-from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.checkpoint.formats.base import OutputTensor
 from rsq_stream.config.schemes import (
-    HEAD_LINEAR,
     LATTICE,
     LATTICE_WIDTH,
     NORMAL_FLOAT,
     Scheme,
 )
 from rsq_stream.errors import CheckpointError, UsageError
-from rsq_stream.model.architecture import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    LINEARS,
-    Architecture,
-    block_prefix,
-)
 from rsq_stream.ops.e8p_codebook import digit_values, to_digits, to_indices
-from rsq_stream.output.shard_writer import OutputTensor
+from rsq_stream.ops.pack import pack, packed_words, unpack
 
 
 def linear_tensors(
@@ -149,53 +139,3 @@ def _checked(
             f" {scheme.bits} bits ({scheme.grid}); the checkpoint is damaged"
         )
     return int(size[0]), int(size[1])
-
-
-def output_tensors(
-    architecture: Architecture,
-    plan: QuantizationPlan,
-    dtype_of: Callable[[str], torch.dtype],
-) -> list[OutputTensor]:
-    """Announce every tensor of the output, in the order of the forward pass.
-
-    ``dtype_of`` gives the source type of a tensor by its name.
-    """
-    tensors = [
-        OutputTensor(EMBEDDING, dtype_of(EMBEDDING), _outer(architecture, EMBEDDING))
-    ]
-    for block in range(architecture.blocks):
-        prefix = block_prefix(block)
-        for name, shape in architecture.block_shapes().items():
-            linear = name.removesuffix(".weight")
-            dtype = dtype_of(prefix + name)
-            if linear in LINEARS:
-                tensors += _stored(prefix + linear, shape, plan, dtype)
-            else:
-                tensors.append(OutputTensor(prefix + name, dtype, shape))
-    tensors.append(
-        OutputTensor(FINAL_NORM, dtype_of(FINAL_NORM), (architecture.width,))
-    )
-    if not output_is_tied(architecture, plan):
-        source = EMBEDDING if architecture.tied else HEAD
-        shape = _outer(architecture, EMBEDDING)
-        tensors += _stored(HEAD_LINEAR, shape, plan, dtype_of(source))
-    return tensors
-
-
-def _stored(
-    linear: str, shape: tuple[int, ...], plan: QuantizationPlan, dtype: torch.dtype
-) -> list[OutputTensor]:
-    outputs, inputs = shape
-    scheme = plan.scheme(linear, inputs)
-    if scheme is None:
-        return [OutputTensor(f"{linear}.weight", dtype, shape)]
-    return linear_tensors(linear, (outputs, inputs), scheme, dtype)
-
-
-def _outer(architecture: Architecture, name: str) -> tuple[int, ...]:
-    return architecture.outer_shapes()[name]
-
-
-def output_is_tied(architecture: Architecture, plan: QuantizationPlan) -> bool:
-    """Whether the output's head is still its embedding: not after a rotation."""
-    return architecture.tied and plan.residual_rotation == "none"

@@ -7,26 +7,19 @@ run the same functions, each on its own block and slots.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rsq_stream.algorithm.gptq.error_propagation import StageInput
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.model.architecture import STAGES, WRITES_H
 from rsq_stream.model.block import Block
-from rsq_stream.pipeline.activations.calibration_pass import FiniteWatch, Passes
+from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.pipeline.activations.slots import Slots
 from rsq_stream.runtime.tensor_arena import Pages
 from rsq_stream.storage.activation_cache import Slot
-
-
-class StageInput(NamedTuple):
-    """What the linears of a stage read, and what their output is added to."""
-
-    value_BTI: Tensor
-    residual_BTD: Tensor | None = None
-    """x for o, h for down; the other linears add to nothing."""
 
 
 @dataclass

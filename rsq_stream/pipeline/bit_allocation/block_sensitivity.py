@@ -1,7 +1,7 @@
 """What a block's output loses for each linear at each number of bits.
 
 The loss that GPTQ will leave is read off the factor without a sweep: with H + lambda I
-= U D U^T it is sum over columns k of d_k e_k^2 (``algorithm/solver.py``), e_k the
+= U D U^T it is sum over columns k of d_k e_k^2 (``algorithm/gptq/solver.py``), e_k the
 rounding errors of column k's targets, which those of the weights stand for.
 
 What such a loss does to the model is measured once per linear: with its weights rounded
@@ -17,18 +17,20 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.loss import weighted_losses
-from rsq_stream.algorithm.gptq.solver import round_to_nearest
+from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import NumericalError
-from rsq_stream.model.architecture import STAGES, WRITES_H, block_prefix
+from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.pipeline.stage_statistics import StageStatistics
 from rsq_stream.pipeline.token_importance import TokenImportance
-from rsq_stream.planning.memory.sensitivity import PROBE_TOKENS
 
+PROBE_TOKENS = 8192
+"""Of the calibration set, as many tokens see each linear rounded."""
 BITS = (2, 3, 4, 5, 6, 8)
 PROBE_BITS = 3
 

@@ -1,7 +1,7 @@
 """``--bpw``: bits for each linear, so that the whole output has so many per weight.
 
 Linears that runtimes fuse (q, k, v; gate, up) share their bits. Sizes are exact: they
-follow from the headers. Costs are measured (``block_meter.py``).
+follow from the headers. Costs are measured (``block_sensitivity.py``).
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import UsageError
-from rsq_stream.model.architecture import STAGES, Architecture, Stage, block_prefix
-from rsq_stream.output.folder import output_bits, source_weights
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import STAGES, Stage
+from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.output.layout import output_bits, source_weights
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import BITS, Costs
 
 _TOLERANCE = 0.01

@@ -13,19 +13,22 @@ from pathlib import Path
 
 import torch
 
-from rsq_stream.calibration.text import Windows
+from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.hub_shards import OUTSIDE, bytes_to_fetch, mover
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.checkpoint.source_identity import SourceIdentity
 from rsq_stream.config.activations import NOTHING
-from rsq_stream.config.execution_plan import ExecutionPlan, RunOptions
+from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import DamagedError, Interrupted, PlanMismatchError, ScratchError
 from rsq_stream.events import BlockFinished, Listener, Notice, RunStarted, ignore
-from rsq_stream.model.architecture import Architecture, block_prefix, read_architecture
-from rsq_stream.model.block import Block, Rope, layer_config
+from rsq_stream.model.architecture import Architecture, read_architecture
+from rsq_stream.model.block import Block
 from rsq_stream.model.online_rotation import planned_rotations
+from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.model.transformers_layers import Rope, layer_config
 from rsq_stream.output.folder_checks import require_apart
 from rsq_stream.pipeline import disk_space
 from rsq_stream.pipeline.activations.calibration_pass import Passes, stopper

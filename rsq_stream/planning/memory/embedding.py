@@ -2,14 +2,16 @@
 
 from math import prod
 
+from rsq_stream.checkpoint.source import chunk_rows
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR
-from rsq_stream.model.architecture import EMBEDDING, LINEARS, Architecture
-from rsq_stream.row_chunks import chunk_rows
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.tensor_names import EMBEDDING
 
 FP32 = 4
 _PART_BYTES = FP32 << 26
-"""What a GPU rotates at a time (``model/rotate.py``)."""
+"""What a GPU rotates at a time (``model/fused_rotation.py``)."""
 _CHUNK_COPIES, _ROUNDED_CHUNK_COPIES = 7, 18
 """Chunks in fp32 that rotating rows of the head takes, and rounding them; 6.5 and 17
 seen."""

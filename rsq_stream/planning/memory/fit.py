@@ -9,11 +9,12 @@ from math import ceil
 import psutil
 import torch
 
-from rsq_stream.config.execution_plan import RunOptions, StageMemory
+from rsq_stream.config.execution_plan import StageMemory
+from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import BudgetError
-from rsq_stream.ops.free_memory import available_bytes
 from rsq_stream.planning.memory.stages import MemoryPlan
 from rsq_stream.runtime.device_memory import free_bytes
+from rsq_stream.runtime.host_memory import available_bytes
 
 HOST_OVERHEAD_BYTES = 208 << 20
 """Libraries loaded after planning, threads, and what the allocator keeps between

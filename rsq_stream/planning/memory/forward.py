@@ -1,14 +1,13 @@
 """The memory of one unit on its way through a block, from sizes alone."""
 
+from rsq_stream.algorithm.gptq.error_propagation import OUTPUTS
 from rsq_stream.config.importance import HARD
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.model.architecture import STAGES, Architecture
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import STAGES
+from rsq_stream.ops.column_sums import QUERIES
 
 FP32 = 4
-OUTPUTS = 2048
-"""Rows of a 16-bit weight that are used at a time, for the drift."""
-QUERIES = 128
-"""Queries of a tile of the attention's column sums (``ops/column_sums.py``)."""
 
 
 def unit_bytes(

@@ -7,11 +7,10 @@ at every number of bits; then a last pass is made for each linear as it was roun
 from dataclasses import dataclass
 
 from rsq_stream.config.execution_plan import StageMemory
-from rsq_stream.model.architecture import LINEARS, STAGES, Stage, role
+from rsq_stream.model.families.base import LINEARS, STAGES, Stage
+from rsq_stream.model.tensor_names import role
+from rsq_stream.pipeline.bit_allocation.block_sensitivity import PROBE_TOKENS
 from rsq_stream.planning.memory.stages import FP32, ROUNDING_BYTES, MemoryPlan
-
-PROBE_TOKENS = 8192
-"""Of the calibration set, as many tokens see each linear rounded."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """The memory of a linear while it is solved, from sizes alone."""
 
 from rsq_stream.algorithm.gptq.loss import FEW_ROWS
+from rsq_stream.algorithm.gptq.solver import DECODED
 from rsq_stream.config.quantization_plan import QuantizationPlan
 
 FP32 = 4
-DECODED = 1 << 24
-"""Codes that are decoded at a time (``block_solver.py``; packing takes fewer)."""
 _DECODED_WIDTH = 5 * FP32
 """Bytes of a code while it is decoded or packed."""
 _TILE_COPIES = 5

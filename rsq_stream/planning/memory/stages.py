@@ -14,15 +14,9 @@ import torch
 from rsq_stream.algorithm.gptq.ldl import wide_blocks
 from rsq_stream.config.execution_plan import StageMemory
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.model.architecture import (
-    LINEARS,
-    STAGES,
-    WRITES_H,
-    Architecture,
-    Stage,
-    block_prefix,
-    role,
-)
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import LINEARS, STAGES, WRITES_H, Stage
+from rsq_stream.model.tensor_names import block_prefix, role
 from rsq_stream.planning.memory.embedding import (
     largest_linear,
     outer_bytes,
@@ -36,7 +30,7 @@ FP32 = 4
 _OUTSIDE, _READING = "embedding and head", "read and rotate"
 """The stages in which no next block is read."""
 TOKEN_BYTES = 4
-"""A token of the calibration set (``calibration.py``)."""
+"""A token of the calibration set (``calibration/windows.py``)."""
 ROUNDING_BYTES = 2 * FP32 + 3 * 8
 """Bytes of a weight while it is rounded alone, its error's energy in fp64."""
 
@@ -144,7 +138,7 @@ class MemoryPlan:
         return self._made(f"{stage.name}: factorise", device, host)
 
     def _solving(self, stage: Stage, linear: str, solved: list[str]) -> StageMemory:
-        """Count the factor, and what the linear takes: ``solver_memory.py``."""
+        """Count the factor, and what the linear takes (``memory/solver.py``)."""
         shape = self.architecture.linear_shape(linear)
         taken = solving_bytes(
             self.plan, *shape, self._compute_size, self.workers, kept=self.keeps_weights

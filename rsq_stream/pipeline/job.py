@@ -1,4 +1,4 @@
-"""What a finished run made, and what it took."""
+"""What goes into a run, and what comes out."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,48 +1,11 @@
-"""Raw importance of tokens: what each strategy sees in them, ``[B, T]``.
-
-Of the paper (RSQ, arXiv 2503.01820, section 4) and its code: attention received
-(``ops/column_sums.py``), norms, change through the block, distance from the other
-tokens or from clusters of them, rarity. Larger is more important. All are functions of
-what one sequence's tokens are at the input (or output) of a block.
-"""
+"""Distance from clusters of the sequence's tokens."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 CLUSTERS = 100
 CLUSTER_STEPS = 30
-
-
-def norm(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
-    """Score tokens by their Euclidean norm (ActNorm)."""
-    norm_BT: Tensor = torch.linalg.vector_norm(x_BTD.float(), dim=-1)
-    return norm_BT
-
-
-def steadiness(
-    x_BTD: Float[Tensor, "B T D"], output_BTD: Float[Tensor, "B T D"]
-) -> Float[Tensor, "B T"]:
-    """Score tokens by how little the block changes them (ActDiff)."""
-    return -norm(output_BTD.float() - x_BTD.float())
-
-
-def dissimilarity(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
-    """Score tokens by their mean squared distance from all others (TokenSim).
-
-    mean over k of |x_j - x_k|^2 = |x_j - m|^2 + mean over k of |x_k - m|^2, m the mean
-    of the sequence: no T x T product, and no cancellation.
-    """
-    x_BTD = x_BTD.float()
-    square_BT = (x_BTD - x_BTD.mean(1, keepdim=True)).square().sum(-1)
-    return square_BT + square_BT.mean(1, keepdim=True)
-
-
-def rarity(
-    token_BT: Int[Tensor, "B T"], count_V: Int[Tensor, "V"]
-) -> Float[Tensor, "B T"]:
-    """Score tokens by how seldom they are in the calibration set (TokenFreq)."""
-    return -count_V[token_BT].float()
 
 
 def cluster_distance(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:

@@ -3,14 +3,8 @@
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
-from rsq_stream.config.schemes import (
-    GRIDS,
-    INTEGER,
-    KEPT,
-    LATTICE,
-    LATTICE_WIDTH,
-    Override,
-)
+from rsq_stream.config.overrides import Override
+from rsq_stream.config.schemes import GRIDS, INTEGER, KEPT, LATTICE, LATTICE_WIDTH
 from rsq_stream.errors import UsageError, one_of, require
 
 

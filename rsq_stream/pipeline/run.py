@@ -1,4 +1,4 @@
-"""Go on with a run on another kind of device: allowed on request, and recorded."""
+"""What every part of a run works with."""
 
 import json
 

@@ -1,0 +1,11 @@
+"""The norm of a token's activation (ActNorm)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def norm(x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+    """Score tokens by their Euclidean norm (ActNorm)."""
+    norm_BT: Tensor = torch.linalg.vector_norm(x_BTD.float(), dim=-1)
+    return norm_BT
