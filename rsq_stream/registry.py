@@ -21,8 +21,7 @@ class Registry(Mapping[str, Entry]):
 
     Listing names reads the folder and imports nothing, so that the command line can
     show them before torch is loaded; the module of an entry is imported when the entry
-    is looked up. With ``GRIDS = Registry("rsq_stream.algorithm.grids", "GRID",
-    option="grid")``, ``GRIDS["nf"]`` is ``GRID`` of ``rsq_stream/algorithm/grids/nf.py``.
+    is looked up. ``GRIDS["nf"]`` is ``GRID`` of ``rsq_stream/algorithm/grids/nf.py``.
     """
 
     def __init__(
