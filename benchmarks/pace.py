@@ -82,7 +82,7 @@ def pace_of(
     units = -(-plan["samples"] * plan["expand"] // plan["unit_sequences"])
     on_disk = 1 - execution["resident_units"] / units
     architecture = read_architecture(config, "here")
-    blocks, sizes = architecture.blocks, architecture.block_shapes()
+    blocks, sizes = architecture.blocks, architecture.block_shapes(0)
     weights = sum(map(prod, sizes.values()))
     reads = int(5 * streams * slot * on_disk) + 2 * weights
     writes = 2 * streams * slot + weights * plan["bits"] // 8

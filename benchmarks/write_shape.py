@@ -61,7 +61,7 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
     architecture = read_architecture(config, "here")
     sizes = dict(architecture.outer_shapes())
     for block in range(blocks):
-        for name, size in architecture.block_shapes().items():
+        for name, size in architecture.block_shapes(block).items():
             sizes[block_prefix(block) + name] = size
     header: dict[str, Any] = {}
     end = 0

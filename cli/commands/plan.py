@@ -106,7 +106,7 @@ def rows(made: Prepared) -> dict[str, str]:
     if plan.rounds_activations:
         found["activations"] = plan.activations_text()
     found |= {
-        "blocks": str(made.blocks),
+        "blocks": str(made.architecture.blocks),
         "source": exact_size(execution.source_bytes),
         **_source_on_disk(made),
         "output shards": exact_size(execution.output_bytes),

@@ -5,7 +5,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rsq_stream.events import Listener
-from rsq_stream.model.families.base import STAGES
 from rsq_stream.model.tensor_names import block_prefix
 
 from ..options.resolve import Prepared
@@ -22,10 +21,9 @@ def with_bits(
     from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits
     from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
     from rsq_stream.planning.execution_plan import plan_execution
-    from rsq_stream.planning.validate import inspect_checkpoint
 
     checkpoint, options = made.checkpoint, made.options
-    architecture = inspect_checkpoint(checkpoint)
+    architecture = made.architecture
     measuring = measuring_plan(made.plan)
     # Libraries and text that came since are in what each plan has to spare.
     used = made.execution.used_bytes
@@ -72,11 +70,14 @@ def require_free(made: Prepared) -> None:
 
 def explained(made: Prepared, choice: "Choice") -> str:
     """Write the choice: bits by block for each stage, and what it is expected to do."""
-    rows = {}
-    for stage in STAGES:
-        digits = [_bits(made, block, stage.linears[0]) for block in range(made.blocks)]
-        name = ", ".join(linear.rpartition(".")[2] for linear in stage.linears)
-        rows[name.replace("_proj", "")] = " ".join(digits)
+    rows: dict[str, list[str]] = {}
+    for block in range(made.architecture.blocks):
+        for stage in made.architecture.stages(block):
+            for group in stage.groups:
+                name = ", ".join(linear.role for linear in group.linears)
+                digits = _bits(made, block, group.linears[0].name)
+                rows.setdefault(name, []).append(digits)
+    table = facts({name: " ".join(bits) for name, bits in rows.items()})
     chosen = f"{choice.bits_per_weight:.3f} bits per weight"
     expected = {
         f"all at {bits} bits": f"{cost:.4f} at {size:.3f} bits per weight"
@@ -84,7 +85,7 @@ def explained(made: Prepared, choice: "Choice") -> str:
     }
     expected["as chosen"] = f"{choice.cost:.4f} at {chosen}"
     return (
-        f"bits by block, for {chosen} over the whole model:\n{facts(rows)}\n\n"
+        f"bits by block, for {chosen} over the whole model:\n{table}\n\n"
         "share of its output that each block loses, as measured, over all blocks:\n"
         f"{facts(expected)}"
     )

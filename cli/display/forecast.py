@@ -25,7 +25,6 @@ def forecast(made: Prepared) -> "Prediction | None":
     import torch
 
     from rsq_stream.planning.time_estimate import predict
-    from rsq_stream.planning.validate import inspect_checkpoint
     from rsq_stream.storage.atomic import existing
 
     options = made.options
@@ -33,9 +32,8 @@ def forecast(made: Prepared) -> "Prediction | None":
         return None
     folder = existing(options.work_dir.absolute())
     rates = _rates(made.plan, options.device, options.workers, folder)
-    architecture = inspect_checkpoint(made.checkpoint)
     return predict(
-        architecture, made.plan, made.execution, rates, on_gpu=options.on_gpu
+        made.architecture, made.plan, made.execution, rates, on_gpu=options.on_gpu
     )
 
 

@@ -15,9 +15,8 @@ def serving_of(made: Prepared) -> "Serving":
 
     from rsq_stream.output.layout import plan_layouts
     from rsq_stream.planning.serving import serving
-    from rsq_stream.planning.validate import inspect_checkpoint
 
-    architecture = inspect_checkpoint(made.checkpoint)
+    architecture = made.architecture
     vram_bytes = made.options.vram_bytes
     if vram_bytes is None and made.options.on_gpu:
         card = torch.cuda.get_device_properties(torch.device(made.options.device))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rsq_stream.calibration.windows import Windows
     from rsq_stream.checkpoint.shards import Checkpoint
     from rsq_stream.config.settings import Settings
+    from rsq_stream.model.architecture import Architecture
 
 USUAL_BITS = 4
 LEAST_BITS = 2
@@ -34,7 +35,7 @@ _COUNTED = ("first-n", "first-last-n")
 ROTATIONS = ("portable", "full", "none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """Everything that a run is made of."""
 
@@ -43,7 +44,7 @@ class Prepared:
     execution: ExecutionPlan
     options: RunOptions
     windows: "Windows | None"
-    blocks: int
+    architecture: "Architecture"
 
 
 def prepare(
@@ -104,7 +105,14 @@ def prepare(
     if read_calibration and plan.needs_calibration:
         windows = calibration_windows(job, plan, checkpoint)
         plan = make_plan(checkpoint, architecture, settings, windows, place)
-    return Prepared(checkpoint, plan, execution, options, windows, architecture.blocks)
+    return Prepared(
+        checkpoint=checkpoint,
+        plan=plan,
+        execution=execution,
+        options=options,
+        windows=windows,
+        architecture=architecture,
+    )
 
 
 def on_this_card(options: RunOptions, place: "torch.device") -> RunOptions:

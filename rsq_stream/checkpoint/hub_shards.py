@@ -48,7 +48,7 @@ class Needs:
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
         head = () if architecture.tied else (HEAD,)
         names = [[EMBEDDING, FINAL_NORM, *head]] + [
-            [block_prefix(block) + name for name in architecture.block_shapes()]
+            [block_prefix(block) + name for name in architecture.block_shapes(block)]
             for block in range(architecture.blocks)
         ]
         self._checkpoint = checkpoint

@@ -19,7 +19,7 @@ from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.errors import CheckpointError
-from rsq_stream.model.online_rotation import HEADS, KEY, MLP
+from rsq_stream.model.online_rotation import KEY, rotated_linears
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 from rsq_stream.model.transformers_layers import model_config, transformers_class
 
@@ -83,12 +83,13 @@ def load_model(
 def _put_in(model: Any, reader: ModelReader) -> None:
     """Have the inputs of all o and down rotated before these run."""
     online = reader.online
-    for linear, rotation, rotate in (
-        (HEADS, online.heads, online.of_attention),
-        (MLP, online.mlp, online.of_mlp),
+    linears = rotated_linears(reader.architecture)
+    for kind, rotation, rotate in (
+        ("heads", online.heads, online.of_attention),
+        ("mlp", online.mlp, online.of_mlp),
     ):
         for block in model.model.layers if rotation is not None else ():
-            block.get_submodule(linear).register_forward_pre_hook(
+            block.get_submodule(linears[kind]).register_forward_pre_hook(
                 partial(_rotated, rotate)
             )
 

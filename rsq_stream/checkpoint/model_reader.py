@@ -125,7 +125,7 @@ class ModelReader:
         """Read and decode one block, by the names in it."""
         return {
             name: self._tensor(block_prefix(index), name, shape)
-            for name, shape in self.architecture.block_shapes().items()
+            for name, shape in self.architecture.block_shapes(index).items()
         }
 
     def _tensor(self, prefix: str, name: str, shape: tuple[int, ...]) -> Tensor:

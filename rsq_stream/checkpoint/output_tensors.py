@@ -11,7 +11,6 @@ from rsq_stream.config.schemes import (
     HEAD_LINEAR,
 )
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 
 
@@ -29,10 +28,11 @@ def output_tensors(
     ]
     for block in range(architecture.blocks):
         prefix = block_prefix(block)
-        for name, shape in architecture.block_shapes().items():
+        linears = architecture.linears(block)
+        for name, shape in architecture.block_shapes(block).items():
             linear = name.removesuffix(".weight")
             dtype = dtype_of(prefix + name)
-            if linear in LINEARS:
+            if linear in linears:
                 tensors += _stored(prefix + linear, shape, plan, dtype)
             else:
                 tensors.append(OutputTensor(prefix + name, dtype, shape))

@@ -18,7 +18,6 @@ from rsq_stream.checkpoint.source_identity import SourceIdentity
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.fused_rotation import ModelRotation
 from rsq_stream.model.online_rotation import planned_rotations
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
@@ -108,7 +107,9 @@ class Source:
         """Read a block and rotate it; fp32, by the names in the block."""
         read = self._ahead.take(index)
         tensors = {name: read.pop(name).to(self._device).float() for name in list(read)}
-        return self._rotation.block(tensors) if self._rotation else tensors
+        if self._rotation is None:
+            return tensors
+        return self._rotation.block(tensors, self._architecture.linears(index).values())
 
     def read_ahead(self, index: int) -> None:
         """Read a block into host memory, as it is stored, before it is asked for."""
@@ -117,7 +118,7 @@ class Source:
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         """Read a block's tensors, hashed and sound; any thread may."""
-        names = list(self._architecture.block_shapes())
+        names = list(self._architecture.block_shapes(index))
         read = self._checkpoint.read_many(block_prefix(index), names)
         return {
             name: tensor
@@ -161,11 +162,11 @@ class Source:
         self, index: int, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Give a block's norms, biases and kept linears, as the output stores them."""
-        prefix = block_prefix(index)
+        prefix, linears = block_prefix(index), self._architecture.linears(index)
         return {
             prefix + name: tensor.to(self._checkpoint.entry(prefix + name).dtype)
             for name, tensor in tensors.items()
-            if name.removesuffix(".weight") not in LINEARS
+            if name.removesuffix(".weight") not in linears
             or self._keeps(prefix + name, tensor)
         }
 
@@ -178,7 +179,7 @@ class Source:
         prefix = block_prefix(index)
         return {
             name: self._checkpoint.entry(f"{prefix}{name}.weight").dtype
-            for name in LINEARS
+            for name in self._architecture.linears(index)
         }
 
 

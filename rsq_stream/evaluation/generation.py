@@ -6,7 +6,6 @@ and is read again otherwise; that decides no logit.
 """
 
 from collections.abc import Iterator
-from math import prod
 
 import psutil
 import torch
@@ -52,8 +51,7 @@ def _continued(
     left = psutil.virtual_memory().available // 4
     head = _Head(model, left)
     left -= head.kept_bytes
-    block_bytes = 4 * sum(prod(shape) for shape in architecture.block_shapes().values())
-    fits = architecture.blocks * block_bytes < left
+    fits = 4 * sum(map(architecture.block_entries, range(architecture.blocks))) < left
     kept: dict[int, Block] = {}
     gain_D = model.final_norm().to(place)
     for _ in range(tokens):

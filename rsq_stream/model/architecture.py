@@ -1,24 +1,18 @@
-"""The families of decoders that are supported: one table decides.
+"""The sizes of one checkpoint, read from config.json and bounded.
 
-A family is known by ``model_type`` in config.json. All four share the names of
-their parameters and the order norm -> attention -> norm -> gated MLP; they
-differ in biases, in norms on q and k, and in how the head width is given.
+A family is known by ``model_type`` in config.json; what it says of its blocks is in
+``model/families``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.families import FAMILIES
-from rsq_stream.model.families.base import LINEARS, Family
-from rsq_stream.model.tensor_names import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    MLP_NORM,
-)
+from rsq_stream.model.families.base import Family, Linear, Stage
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 
 _LARGEST = {
     "hidden_size": 2**17,
@@ -33,14 +27,15 @@ _LARGEST = {
 """Upper bounds of what config.json may say; far above any model there is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The sizes of one checkpoint, read from config.json and bounded."""
+    """The sizes of one checkpoint, and the stages of its blocks."""
 
     family: Family
+    block_stages: tuple[tuple[Stage, ...], ...]
+    """The stages of each block; blocks of one kind share one tuple."""
     width: int
     mlp_width: int
-    blocks: int
     heads: int
     kv_heads: int
     head_width: int
@@ -52,41 +47,81 @@ class Architecture:
     attention_bias: bool
     mlp_bias: bool
 
-    def linear_shape(self, name: str) -> tuple[int, int]:
-        """Give (outputs, inputs) of one linear of a block."""
-        attention = self.heads * self.head_width
-        keys = self.kv_heads * self.head_width
+    @property
+    def blocks(self) -> int:
+        """The number of decoder blocks."""
+        return len(self.block_stages)
+
+    def stages(self, block: int) -> tuple[Stage, ...]:
+        """Return the stages of a block, in the order of the forward pass."""
+        return self.block_stages[block]
+
+    def linears(self, block: int) -> dict[str, Linear]:
+        """Return the linears of a block by their names in it."""
+        stages = self.stages(block)
+        return {linear.name: linear for stage in stages for linear in stage.linears}
+
+    def kinds(self) -> dict[int, int]:
+        """Return the first block of each kind, and how many blocks are of its kind.
+
+        A dense model of 32 blocks has one kind: ``{0: 32}``.
+        """
+        first: dict[tuple[Stage, ...], int] = {}
+        counts: dict[int, int] = {}
+        for block, stages in enumerate(self.block_stages):
+            kind = first.setdefault(stages, block)
+            counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+    def model_linears(self) -> dict[str, tuple[int, Linear]]:
+        """Return block and linear of every linear of the blocks, by its full name."""
         return {
-            "self_attn.q_proj": (attention, self.width),
-            "self_attn.k_proj": (keys, self.width),
-            "self_attn.v_proj": (keys, self.width),
-            "self_attn.o_proj": (self.width, attention),
-            "mlp.gate_proj": (self.mlp_width, self.width),
-            "mlp.up_proj": (self.mlp_width, self.width),
-            "mlp.down_proj": (self.width, self.mlp_width),
-        }[name]
+            block_prefix(block) + name: (block, linear)
+            for block in range(self.blocks)
+            for name, linear in self.linears(block).items()
+        }
+
+    def size(self, axis: str) -> int:
+        """Return the size of an axis that a ``Linear`` names."""
+        return {
+            "width": self.width,
+            "heads": self.heads * self.head_width,
+            "keys": self.kv_heads * self.head_width,
+            "mlp": self.mlp_width,
+        }[axis]
+
+    def shape(self, linear: Linear) -> tuple[int, int]:
+        """Return (outputs, inputs) of a linear."""
+        return self.size(linear.outputs), self.size(linear.inputs)
 
     def linear_inputs(self) -> dict[str, int]:
-        """Give the inputs of each linear of a block."""
-        return {name: self.linear_shape(name)[1] for name in LINEARS}
-
-    def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the shape of every tensor of a block, by its name in the block."""
-        shapes: dict[str, tuple[int, ...]] = {
-            ATTENTION_NORM: (self.width,),
-            MLP_NORM: (self.width,),
+        """Return the inputs of each linear that any block has, by its name there."""
+        return {
+            name: self.size(linear.inputs)
+            for block in self.kinds()
+            for name, linear in self.linears(block).items()
         }
-        for name in LINEARS:
-            shapes[f"{name}.weight"] = self.linear_shape(name)
-            if self.has_bias(name):
-                shapes[f"{name}.bias"] = self.linear_shape(name)[:1]
+
+    def block_shapes(self, block: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of a block, by its name in the block."""
+        linears = self.linears(block).values()
+        norms = dict.fromkeys(linear.norm for linear in linears if linear.norm)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (self.width,))
+        for linear in linears:
+            shapes[f"{linear.name}.weight"] = self.shape(linear)
+            if self.has_bias(linear.name):
+                shapes[f"{linear.name}.bias"] = self.shape(linear)[:1]
         if self.family.head_norms:
             shapes["self_attn.q_norm.weight"] = (self.head_width,)
             shapes["self_attn.k_norm.weight"] = (self.head_width,)
         return shapes
 
+    def block_entries(self, block: int) -> int:
+        """Return the number of entries of all tensors of a block."""
+        return sum(prod(shape) for shape in self.block_shapes(block).values())
+
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the shape of every tensor outside the blocks."""
+        """Return the shape of every tensor outside the blocks."""
         shapes: dict[str, tuple[int, ...]] = {
             EMBEDDING: (self.vocabulary, self.width),
             FINAL_NORM: (self.width,),
@@ -96,8 +131,8 @@ class Architecture:
         return shapes
 
     def has_bias(self, linear: str) -> bool:
-        """Whether a linear of a block has a bias."""
-        if linear in self.family.biases:
+        """Return whether a linear, by its name in the block, has a bias."""
+        if linear in self.family.always_biased:
             return True
         return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
 
@@ -111,7 +146,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         The family is not in the table, or a size is missing or out of bounds.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnsupportedModelError(
             f"{where}: model_type {kind!r} is not supported; supported are {known}"
@@ -136,27 +171,28 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         return option in family.bias_options and bool(config.get(option, False))
 
     width, heads = size("hidden_size"), size("num_attention_heads")
-    # Other families have other defaults; config.json says it for every real model.
-    kv_heads = size("num_key_value_heads", heads if kind == "llama" else None)
+    # config.json has it for every real model; older ones of some families do not.
+    default = heads if family.kv_heads_default else None
+    kv_heads = size("num_key_value_heads", default)
     if heads % kv_heads:
         raise UnsupportedModelError(
             f"{where}: num_attention_heads ({heads}) must be a multiple of"
             f" num_key_value_heads ({kv_heads})"
         )
-    if width % heads and (kind == "llama" or config.get("head_dim") is None):
+    if width % heads and (family.whole_heads or config.get("head_dim") is None):
         raise UnsupportedModelError(
             f"{where}: hidden_size ({width}) must be a multiple of"
             f" num_attention_heads ({heads})"
         )
+    blocks = range(size("num_hidden_layers"))
     return Architecture(
         family=family,
+        block_stages=tuple(family.stages(config, block) for block in blocks),
         width=width,
         mlp_width=size("intermediate_size"),
-        blocks=size("num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        # Qwen3's own default is 128 whatever the width; transformers fills it in.
-        head_width=size("head_dim", 128 if kind == "qwen3" else width // heads),
+        head_width=size("head_dim", family.head_width_default or width // heads),
         vocabulary=size("vocab_size"),
         longest=size("max_position_embeddings", 2048),
         tied=bool(config.get("tie_word_embeddings", False)),

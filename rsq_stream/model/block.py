@@ -70,6 +70,16 @@ class Block:
         """Where the block computes."""
         return self._place.device
 
+    @property
+    def attention_width(self) -> int:
+        """The width of c, attention's output."""
+        return self._linears["self_attn.o_proj"].in_features
+
+    @property
+    def inner_width(self) -> int:
+        """The width of u, the MLP's inner activation."""
+        return self._linears["mlp.down_proj"].in_features
+
     def weight(self, linear: str) -> Float[Tensor, "O I"]:
         """Give the weight of a linear as it is now, where it lies."""
         return self._linears[linear].weight

@@ -7,7 +7,7 @@ form. A full rotation also folds what ``online_rotation.py`` does to the inputs 
 down into their weights. All in fp32; the caller rounds once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.rotation.rotation import Rotation
+from rsq_stream.model.families.base import Linear
 from rsq_stream.model.online_rotation import NO_ROTATIONS, OnlineRotations
-from rsq_stream.model.tensor_names import ATTENTION_NORM, MLP_NORM
 
-_READS_RESIDUAL = {
-    "self_attn.q_proj": ATTENTION_NORM,
-    "self_attn.k_proj": ATTENTION_NORM,
-    "self_attn.v_proj": ATTENTION_NORM,
-    "mlp.gate_proj": MLP_NORM,
-    "mlp.up_proj": MLP_NORM,
-}
-_WRITES_RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
 PART_ENTRIES = 1 << 26
 """Entries of a linear that are rotated at a time on a GPU."""
 
@@ -38,36 +30,45 @@ class ModelRotation:
     value: Rotation
     online: OnlineRotations = NO_ROTATIONS
 
-    def block(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rotate a block's tensors, fp32, by their names in the block.
+    def block(
+        self, tensors: dict[str, Tensor], linears: Iterable[Linear]
+    ) -> dict[str, Tensor]:
+        """Return a block's rotated tensors, fp32, by their names in the block.
 
-        ``tensors`` is empty afterwards: at no time is the block there twice.
+        ``tensors`` is emptied, so that the block is never in memory twice.
         """
         rotated = dict(tensors)
         tensors.clear()
-        for linear, norm in _READS_RESIDUAL.items():
-            name = f"{linear}.weight"
-            scaled = partial(self._scaled, rotated[norm])
-            rotated[name] = _in_parts(scaled, rotated[name])
-        for linear in _WRITES_RESIDUAL:
-            name, bias = f"{linear}.weight", f"{linear}.bias"
-            rotated[name] = _in_parts(
-                self.residual.apply_to_outputs, rotated[name], axis=1
-            )
-            if bias in rotated:
-                rotated[bias] = self.residual.apply(rotated[bias][None])[0]
-        rotated[ATTENTION_NORM] = torch.ones_like(rotated[ATTENTION_NORM])
-        rotated[MLP_NORM] = rotated[ATTENTION_NORM].clone()
-        value, bias = "self_attn.v_proj.weight", "self_attn.v_proj.bias"
-        output, down = "self_attn.o_proj.weight", "mlp.down_proj.weight"
-        rotated[value] = self.value.apply_per_head(rotated[value].T.contiguous()).T
-        rotated[value] = rotated[value].contiguous()
-        if bias in rotated:
-            rotated[bias] = self.value.apply_per_head(rotated[bias][None])[0]
-        rotated[output] = _in_parts(self.value.apply_per_head, rotated[output])
-        rotated[output] = _in_parts(self.online.of_attention, rotated[output])
-        rotated[down] = _in_parts(self.online.of_mlp, rotated[down])
+        linears = tuple(linears)
+        for linear in linears:
+            self._rotate_linear(linear, rotated)
+        for norm in {linear.norm for linear in linears if linear.norm}:
+            rotated[norm] = torch.ones_like(rotated[norm])
         return rotated
+
+    def _rotate_linear(self, linear: Linear, tensors: dict[str, Tensor]) -> None:
+        """Replace a linear's weight and bias, while the norms have their gains."""
+        weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+        if linear.norm:
+            scaled = partial(self._scaled, tensors[linear.norm])
+            tensors[weight] = _in_parts(scaled, tensors[weight])
+        if linear.writes_residual:
+            tensors[weight] = _in_parts(
+                self.residual.apply_to_outputs, tensors[weight], axis=1
+            )
+            if bias in tensors:
+                tensors[bias] = self.residual.apply(tensors[bias][None])[0]
+        if linear.value_heads == "outputs":
+            heads_IO = self.value.apply_per_head(tensors[weight].T.contiguous())
+            tensors[weight] = heads_IO.T.contiguous()
+            if bias in tensors:
+                tensors[bias] = self.value.apply_per_head(tensors[bias][None])[0]
+        if linear.value_heads == "inputs":
+            tensors[weight] = _in_parts(self.value.apply_per_head, tensors[weight])
+        if linear.online_rotation == "heads":
+            tensors[weight] = _in_parts(self.online.of_attention, tensors[weight])
+        if linear.online_rotation == "mlp":
+            tensors[weight] = _in_parts(self.online.of_mlp, tensors[weight])
 
     def _scaled(self, gain_I: Tensor, weight_RI: Tensor) -> Tensor:
         """Compute W diag(g) Q."""

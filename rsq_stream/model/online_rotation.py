@@ -22,13 +22,11 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.architecture import Architecture
 
-HEADS, MLP = "self_attn.o_proj", "mlp.down_proj"
-"""The linears whose inputs are rotated, by their names in a block."""
 KEY = "online_rotations"
 """Where config.json has them, in its ``quantization_config``."""
-_STREAM_OF_SIGNS = {HEADS: 2 << 32, MLP: 3 << 32}
+_STREAM_OF_SIGNS = {"heads": 2 << 32, "mlp": 3 << 32}
 """Added to the plan's seed, so that equal sizes do not get equal rotations."""
-_ACROSS = {HEADS: "across heads", MLP: "all inputs"}
+_ACROSS = {"heads": "across heads", "mlp": "all inputs"}
 
 
 @dataclass(frozen=True)
@@ -60,38 +58,56 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def rotated_linears(architecture: Architecture) -> dict[str, str]:
+    """Return the linears whose inputs may be rotated, by kind (``heads``, ``mlp``).
+
+    They are named as config.json has them: by their names in a block.
+    """
+    return {
+        linear.online_rotation: name
+        for block in architecture.kinds()
+        for name, linear in architecture.linears(block).items()
+        if linear.online_rotation
+    }
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    return {"heads": architecture.heads, "mlp": architecture.mlp_width}
+
+
 def planned_rotations(
     plan: QuantizationPlan, architecture: Architecture
 ) -> OnlineRotations:
-    """Build what a plan names."""
-    sizes = {HEADS: architecture.heads, MLP: architecture.mlp_width}
-    names = {HEADS: plan.heads_rotation, MLP: plan.mlp_rotation}
-    made = {
-        linear: make_rotation(name, sizes[linear], _seed(plan, linear))
-        for linear, name in names.items()
+    """Build the online rotations that a plan names."""
+    sizes = _sizes(architecture)
+    names = {"heads": plan.heads_rotation, "mlp": plan.mlp_rotation}
+    rotations = {
+        kind: make_rotation(name, sizes[kind], _seed(plan, kind))
+        for kind, name in names.items()
         if name != "none"
     }
-    return OnlineRotations(made.get(HEADS), made.get(MLP))
+    return OnlineRotations(**rotations)
 
 
-def _seed(plan: QuantizationPlan, linear: str) -> int:
-    return plan.seed + _STREAM_OF_SIGNS[linear]
+def _seed(plan: QuantizationPlan, kind: str) -> int:
+    return plan.seed + _STREAM_OF_SIGNS[kind]
 
 
 def written_rotations(
     plan: QuantizationPlan, architecture: Architecture
 ) -> dict[str, Any]:
-    """Say in config.json what a plan leaves to be done, by linear."""
+    """Describe for config.json, by linear, the rotations that a plan leaves undone."""
     online = planned_rotations(plan, architecture)
+    linears = rotated_linears(architecture)
     return {
-        linear: {
+        linears[kind]: {
             "rotation": rotation.name,
             "size": rotation.size,
-            "seed": _seed(plan, linear),
-            "applied": _ACROSS[linear],
+            "seed": _seed(plan, kind),
+            "applied": _ACROSS[kind],
             "fingerprint": rotation.fingerprint(),
         }
-        for linear, rotation in ((HEADS, online.heads), (MLP, online.mlp))
+        for kind, rotation in (("heads", online.heads), ("mlp", online.mlp))
         if rotation is not None
     }
 
@@ -99,7 +115,7 @@ def written_rotations(
 def read_rotations(
     config: Mapping[str, Any], architecture: Architecture, where: str
 ) -> OnlineRotations:
-    """Build what a config.json asks for; nothing where it asks for nothing.
+    """Build the rotations that a config.json asks for, if it asks for any.
 
     Raises
     ------
@@ -109,39 +125,41 @@ def read_rotations(
     written = (config.get("quantization_config") or {}).get(KEY)
     if written is None:
         return NO_ROTATIONS
-    sizes = {HEADS: architecture.heads, MLP: architecture.mlp_width}
+    linears, sizes = rotated_linears(architecture), _sizes(architecture)
+    kinds = {linear: kind for kind, linear in linears.items()}
     if not isinstance(written, Mapping) or not 0 < len(written) == len(
-        written.keys() & sizes.keys()
+        written.keys() & kinds.keys()
     ):
         raise UnsupportedModelError(
-            f"{where}: {KEY} must be of {HEADS} or {MLP}, as this tool writes them"
+            f"{where}: {KEY} must be of {' or '.join(kinds)}, as this tool writes them"
         )
-    made = {
-        linear: _read(written[linear], linear, sizes[linear], where)
-        for linear in written
+    rotations = {
+        kind: _read(written[linear], kind, sizes[kind], f"{where}: {KEY} of {linear}")
+        for linear, kind in kinds.items()
+        if linear in written
     }
-    return OnlineRotations(made.get(HEADS), made.get(MLP))
+    return OnlineRotations(**rotations)
 
 
-def _read(written: Any, linear: str, size: int, where: str) -> Rotation:
+def _read(written: Any, kind: str, size: int, where: str) -> Rotation:
     try:
-        known = (written["size"], written["applied"]) == (size, _ACROSS[linear])
+        known = (written["size"], written["applied"]) == (size, _ACROSS[kind])
         name, seed = written["rotation"], written["seed"]
         known = known and name == rotation_name(size)
         rotation = make_rotation(name, size, seed) if known else None
         apart = abs(rotation.fingerprint() - written["fingerprint"]) if rotation else 0
     except (KeyError, RuntimeError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{where}: {KEY} of {linear} is not as this tool writes it ({error})"
+            f"{where} is not as this tool writes it ({error})"
         ) from error
     if rotation is None:
         raise UnsupportedModelError(
-            f"{where}: {KEY} of {linear} must be {rotation_name(size)} of size {size},"
-            f" {_ACROSS[linear]}, not {written}"
+            f"{where} must be {rotation_name(size)} of size {size},"
+            f" {_ACROSS[kind]}, not {written}"
         )
     if not apart <= 1e-4:
         raise UnsupportedModelError(
-            f"{where}: {KEY} of {linear}: {name} of seed {seed} has the fingerprint"
+            f"{where}: {name} of seed {seed} has the fingerprint"
             f" {rotation.fingerprint()} here, not {written['fingerprint']}; another"
             " version of torch made it"
         )

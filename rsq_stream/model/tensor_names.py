@@ -3,23 +3,14 @@
 import re
 
 _IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.")
-
-
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-ATTENTION_NORM = "input_layernorm.weight"
-MLP_NORM = "post_attention_layernorm.weight"
 
 
 def block_prefix(block: int) -> str:
     """Give the prefix of a block's tensors in the checkpoint."""
     return f"model.layers.{block}."
-
-
-def role(linear: str) -> str:
-    """Give what a linear is in its block: ``q`` of ``self_attn.q_proj``."""
-    return linear.rpartition(".")[2].removesuffix("_proj")
 
 
 def block_of(name: str) -> int | None:

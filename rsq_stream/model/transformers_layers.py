@@ -15,7 +15,7 @@ def transformers_class(family: Family, suffix: str) -> type:
     """Look up a class of the family's module, such as its ``DecoderLayer``."""
     kind = family.model_type
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    found: type = getattr(module, family.stem + suffix)
+    found: type = getattr(module, family.class_prefix + suffix)
     return found
 
 
@@ -23,7 +23,7 @@ def model_config(family: Family, config: Mapping[str, Any]) -> PretrainedConfig:
     """Build transformers' config object, without any quantization."""
     kind = family.model_type
     module = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
-    made: PretrainedConfig = getattr(module, family.stem + "Config").from_dict(
+    made: PretrainedConfig = getattr(module, family.class_prefix + "Config").from_dict(
         {key: value for key, value in config.items() if key != "quantization_config"}
     )
     return made

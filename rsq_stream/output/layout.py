@@ -103,6 +103,8 @@ def _bits(layouts: list[ShardLayout]) -> int:
 
 def source_weights(architecture: Architecture) -> int:
     """Count the weights of the source model."""
-    block = sum(prod(shape) for shape in architecture.block_shapes().values())
     outer = sum(prod(shape) for shape in architecture.outer_shapes().values())
-    return outer + architecture.blocks * block
+    return outer + sum(
+        count * architecture.block_entries(block)
+        for block, count in architecture.kinds().items()
+    )

@@ -24,7 +24,6 @@ from rsq_stream.checkpoint.source_identity import require_source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, OutputError, RsqError
 from rsq_stream.model.architecture import read_architecture
-from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.storage import atomic
 
@@ -163,7 +162,7 @@ def _weight_errors(
     source = Source(against, architecture, plan, torch.device("cpu"))
     for index in range(architecture.blocks):
         tensors = source.block(index)
-        for linear in LINEARS:
+        for linear in architecture.linears(index):
             weight_OI = tensors[f"{linear}.weight"]
             name = block_prefix(index) + linear
             scheme = plan.scheme(name, weight_OI.shape[1])

@@ -18,7 +18,7 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.block import Block
-from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.families.base import Stage
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.folder import OutputFolder
 from rsq_stream.pipeline.token_importance import TokenWeights
@@ -30,7 +30,7 @@ from rsq_stream.storage.journal import Journal
 TOKEN_WEIGHTS = "token-weights.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockProgress:
     """The durable side of a block's stages."""
 
@@ -41,6 +41,8 @@ class BlockProgress:
     """Each stream's h."""
     source: Source
     work_dir: Path
+    stages_of: Callable[[int], tuple[Stage, ...]]
+    """The stages of a block, by its number."""
     settle: Callable[[], None]
     """Waits for codes that are still on their way to the output."""
 
@@ -56,7 +58,7 @@ class BlockProgress:
         chunks = {}
         if stage == 0:
             chunks[TOKEN_WEIGHTS] = {index: self.write_token_weights(token_weights)}
-        if stage == WRITES_H:
+        if self.stages_of(index)[stage].writes:
             for slot in self.h:
                 slot.flush(durable=True)
                 chunks[slot.folder.name] = slot.checksums
@@ -84,13 +86,13 @@ class BlockProgress:
         DamagedError
             A tensor in the output is not what was written.
         """
-        for stage in STAGES[:done]:
+        for stage in self.stages_of(index)[:done]:
             for linear in stage.linears:
-                name = block_prefix(index) + linear
-                scheme = self.plan.scheme(name, block.weight(linear).shape[1])
+                name = block_prefix(index) + linear.name
+                scheme = self.plan.scheme(name, block.weight(linear.name).shape[1])
                 if scheme is not None:
                     decoded_OI = decode_linear(self.output.read, name, scheme)
-                    block.replace_weight(linear, decoded_OI)
+                    block.replace_weight(linear.name, decoded_OI)
 
     def take_up(self, index: int, block: Block, done: int) -> Tensor | None:
         """Take up what the first ``done`` stages left in the work folder.
@@ -102,7 +104,7 @@ class BlockProgress:
         """
         if done == 0:
             return None
-        if done > WRITES_H:
+        if any(stage.writes for stage in self.stages_of(index)[:done]):
             for slot in self.h:
                 slot.checksums = self.journal.chunks(slot.folder.name)
         path = self.work_dir / TOKEN_WEIGHTS

@@ -1,5 +1,6 @@
 """Open a block of a run: its module filled, its solver, as far as it was done."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.block import Block
-from rsq_stream.model.families.base import LINEARS, STAGES, Family
 from rsq_stream.model.online_rotation import OnlineRotations, planned_rotations
 from rsq_stream.model.tensor_names import EMBEDDING
 from rsq_stream.model.transformers_layers import Rope, layer_config
@@ -34,13 +34,13 @@ from rsq_stream.pipeline.token_importance import TokenImportance, make_importanc
 from rsq_stream.storage.journal import Journal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSetup:
     """What all blocks of a calibrated run have in common."""
 
     plan: QuantizationPlan
     importance: TokenImportance
-    family: Family
+    architecture: Architecture
     config: PretrainedConfig
     rope: Rope
     online: OnlineRotations
@@ -61,13 +61,14 @@ class BlockSetup:
     def progress(self) -> BlockProgress:
         """The durable side of a block's stages."""
         return BlockProgress(
-            self.plan,
-            self.journal,
-            self.output,
-            [slots.h for slots in self.slots.of_block(0)],
-            self.source,
-            self.work_dir,
-            self.codes.settle,
+            plan=self.plan,
+            journal=self.journal,
+            output=self.output,
+            h=[slots.h for slots in self.slots.of_block(0)],
+            source=self.source,
+            work_dir=self.work_dir,
+            stages_of=self.architecture.stages,
+            settle=self.codes.settle,
         )
 
     def close(self) -> None:
@@ -103,7 +104,11 @@ class BlockSetup:
         schemes, grids = schemes_and_grids(index, self.plan, self.source, tensors)
         compute = getattr(torch, self.plan.compute_type)
         weights, cast = placed(
-            tensors, compute, streams=self.streams_weights, keeps=self.keeps_weights
+            tensors,
+            self.architecture.linears(index),
+            compute,
+            streams=self.streams_weights,
+            keeps=self.keeps_weights,
         )
         # Both hold the source's weights, until those of the first are replaced; and
         # only the first sees activations as the served model does.
@@ -111,7 +116,7 @@ class BlockSetup:
         streams = [
             Stream(
                 Block(
-                    self.family,
+                    self.architecture.family,
                     self.config,
                     index,
                     cast,
@@ -132,29 +137,38 @@ class BlockSetup:
             if linear not in schemes:  # kept: the quantized model has it as stored
                 block.replace_weight(linear, weights.pop(linear).to(dtype))
         progress.replace_solved(index, block, done)
-        for stage in STAGES[:done]:  # the solver wants those of the others alone
-            for linear in stage.linears:
-                weights.pop(linear, None)
+        of_block = self.architecture.stages(index)
+        for stage in of_block[:done]:  # the solver wants those of the others alone
+            for solved in stage.linears:
+                weights.pop(solved.name, None)
         known_BT = progress.take_up(index, block, done) if stages is None else None
         solver = BlockSolver(
-            index,
-            streams,
-            weights,
-            schemes,
-            grids,
-            self.plan,
-            self.passes,
-            keeper(index, self.plan, self.source, self.codes.write),
-            partial(progress.finish_stage, index),
-            StageStatistics(
-                index, streams, self.plan, self.passes, self.importance, known_BT
+            index=index,
+            streams=streams,
+            weights=weights,
+            schemes=schemes,
+            grids=grids,
+            plan=self.plan,
+            passes=self.passes,
+            keep=keeper(index, self.plan, self.source, self.codes.write),
+            finish_stage=partial(progress.finish_stage, index),
+            statistics=StageStatistics(
+                index=index,
+                streams=streams,
+                plan=self.plan,
+                passes=self.passes,
+                importance=self.importance,
+                stages=of_block,
+                known_BT=known_BT,
             ),
+            stages=of_block,
         )
         return solver, done
 
 
 def placed(
     tensors: dict[str, Tensor],
+    linears: Collection[str],
     compute: torch.dtype,
     *,
     streams: bool,
@@ -170,7 +184,7 @@ def placed(
     for name in list(tensors):
         tensor, linear = tensors.pop(name), name.removesuffix(".weight")
         cast[name] = tensor.to(compute)
-        if linear in LINEARS:
+        if linear in linears:
             weights[linear] = tensor if keeps else tensor.to("cpu")
             if streams:
                 cast[name] = cast[name].to("cpu")
@@ -207,19 +221,19 @@ def set_up(
     width, listener = architecture.width, passes.listener
     slots = RunSlots(plan, width, execution, work_dir, listener, device)
     return BlockSetup(
-        plan,
-        importance,
-        family,
-        config,
-        rope,
-        planned_rotations(plan, architecture),
-        source,
-        output,
-        journal,
-        slots,
-        passes,
-        work_dir,
-        execution.streams_weights,
-        execution.keeps_weights,
-        WriteBehind(output, copy_stream(device)),
+        plan=plan,
+        importance=importance,
+        architecture=architecture,
+        config=config,
+        rope=rope,
+        online=planned_rotations(plan, architecture),
+        source=source,
+        output=output,
+        journal=journal,
+        slots=slots,
+        passes=passes,
+        work_dir=work_dir,
+        streams_weights=execution.streams_weights,
+        keeps_weights=execution.keeps_weights,
+        codes=WriteBehind(output, copy_stream(device)),
     )

@@ -1,6 +1,6 @@
 """Solve one block: per stage importance -> Hessian -> solve, then its outputs.
 
-A stage is the linears that share one input. Each pass sees the weights that the
+A group is the linears that share one input. Each pass sees the weights that the
 stages before it left behind, so o is solved on what quantized q, k, v give, and
 down on what quantized gate and up give: true-sequential, with partial forwards.
 """
@@ -22,11 +22,11 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError, NumericalError
 from rsq_stream.events import LinearRecord
-from rsq_stream.model.families.base import STAGES, WRITES_H
-from rsq_stream.model.tensor_names import block_prefix, role
+from rsq_stream.model.families.base import Group, Linear, Stage
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.stream import Stream
-from rsq_stream.pipeline.stage_statistics import StageStatistics
+from rsq_stream.pipeline.stage_statistics import StageStatistics, Statistics
 from rsq_stream.pipeline.token_importance import TokenWeights
 from rsq_stream.runtime.host_memory import give_back_free_memory
 
@@ -34,7 +34,7 @@ Keep = Callable[[str, Solution], None]
 FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BlockSolver:
     """One block on its way from full precision to codes."""
 
@@ -51,6 +51,7 @@ class BlockSolver:
     keep: Keep
     finish_stage: FinishStage
     statistics: StageStatistics
+    stages: tuple[Stage, ...]
     records: list[LinearRecord] = field(default_factory=list)
 
     def run(self, done: int) -> list[LinearRecord]:
@@ -66,13 +67,13 @@ class BlockSolver:
         NumericalError
             NaN or infinity appeared.
         """
-        for number in range(done, len(STAGES)):
+        for number, stage in enumerate(self.stages[done:], start=done):
             before = len(self.records)
             try:
-                self._solve_stage(number)
+                self._solve_stage(stage)
             except torch.OutOfMemoryError as error:  # not in its pass, which has fewer
                 raise BudgetError(
-                    f"block {self.index}, {STAGES[number].name}: memory ran out while"
+                    f"block {self.index}, {stage.name}: memory ran out while"
                     " a linear was solved; free some of it, or give a larger --vram:"
                     " the same command goes on"
                 ) from error
@@ -84,41 +85,52 @@ class BlockSolver:
                 self.passes.with_fewer(advance, f"block {self.index}, outputs")
         return self.records
 
-    def _solve_stage(self, number: int) -> None:
-        stage, pool = STAGES[number], self.passes.pool
-        linears = [linear for linear in stage.linears if linear in self.schemes]
-        if not linears and number not in (0, WRITES_H):
-            return  # these two passes leave something for the others
-        meter = self.passes.meter
-        with meter.stage(f"{stage.name}: pass"):
-            hessian, drift = self.statistics.gather(number)
+    def _solve_stage(self, stage: Stage) -> None:
+        solved = any(linear.name in self.schemes for linear in stage.linears)
+        if not solved and stage is not self.stages[0] and not stage.writes:
+            return  # the other passes leave something for the stages after them
+        with self.passes.meter.stage(f"{stage.name}: pass"):
+            statistics = self.statistics.gather(stage)
         # What the pass took is free, and not of the sizes that the solver takes.
         give_back_free_memory()
         self.passes.check()
+        for group in stage.groups:
+            self._solve_group(stage, group, statistics[group])
+
+    def _solve_group(self, stage: Stage, group: Group, statistics: Statistics) -> None:
+        hessian, drift = statistics
+        linears = [linear for linear in group.linears if linear.name in self.schemes]
+        meter = self.passes.meter
         with meter.stage(f"{stage.name}: factorise"):
             order_I = None
             if self.plan.act_order and linears:
-                # One for the stage: the plan allows no group sizes of linears' own.
-                group_size = self.schemes[linears[0]].group_size
+                # One for the group: the plan allows no group sizes of linears' own.
+                group_size = self.schemes[linears[0].name].group_size
                 order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
                 reorder(hessian, order_I)
                 if drift is not None:
                     drift.reorder(order_I)
+            damping = self.plan.damping_for(hessian.matrix_II.shape[0])
+            columns, pool = self.plan.tile_columns, self.passes.pool
             try:
-                damping = self.plan.damping_for(hessian.matrix_II.shape[0])
-                factor = factorise(hessian, damping, self.plan.tile_columns, pool)
+                factor = factorise(hessian, damping, columns, pool)
             except NumericalError as error:
                 where = f"block {self.index}, {stage.name}"
                 raise NumericalError(f"{where}: {error}") from error
         for linear in linears:
-            with meter.stage(f"{stage.name}: solve {role(linear)}"):
+            with meter.stage(f"{stage.name}: solve {linear.role}"):
                 self._solve_linear(linear, factor, drift, order_I)
 
     def _solve_linear(
-        self, linear: str, factor: Factor, drift: Drift | None, order_I: Tensor | None
+        self,
+        linear: Linear,
+        factor: Factor,
+        drift: Drift | None,
+        order_I: Tensor | None,
     ) -> None:
-        weight_OI = self.weights.pop(linear)
-        share = self.plan.propagate_share(block_prefix(self.index) + linear)
+        name = linear.name
+        weight_OI = self.weights.pop(name)
+        share = self.plan.propagate_share(block_prefix(self.index) + name)
 
         def target(weight_RI: Tensor, rows: slice) -> Tensor:
             target_RI = weight_RI if order_I is None else weight_RI[:, order_I]
@@ -130,8 +142,8 @@ class BlockSolver:
             solution = solve(
                 weight_OI,
                 factor,
-                self.grids[linear],
-                self.schemes[linear].group_size,
+                self.grids[name],
+                self.schemes[name].group_size,
                 dynamic_scales=self.plan.group_scales == "dynamic",
                 tile_rows=self.plan.tile_rows_of(weight_OI.shape[1]),
                 pool=self.passes.pool,
@@ -140,20 +152,20 @@ class BlockSolver:
                 target=target,
             )
         except NumericalError as error:
-            where = f"block {self.index}, {linear}"
+            where = f"block {self.index}, {name}"
             raise NumericalError(f"{where}: {error}") from error
         del weight_OI  # what is decoded takes its place
         if order_I is not None:
             solution = put_back(solution, order_I)
         block = self.streams[0].block
-        kind = block.weight(linear).dtype
-        block.replace_weight(linear, decoded(solution, self.grids[linear], kind))
-        self.keep(linear, solution)
+        kind = block.weight(name).dtype
+        block.replace_weight(name, decoded(solution, self.grids[name], kind))
+        self.keep(name, solution)
         self.records.append(
             record(
                 self.index,
-                linear,
-                self.schemes[linear],
+                name,
+                self.schemes[name],
                 solution,
                 damping=factor.damping,
                 attempts=factor.attempts,

@@ -15,8 +15,8 @@ from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError
 from rsq_stream.events import Notice
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import STAGES
-from rsq_stream.model.tensor_names import block_prefix, role
+from rsq_stream.model.families.base import Group, Linear
+from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.linear_schemes import make_grid
 
@@ -26,22 +26,37 @@ _TOKENS = 64
 """Enough for a Hessian; damping makes it positive definite."""
 
 
-def largest_linear(architecture: Architecture, plan: QuantizationPlan) -> str | None:
-    """Give the solved linear of the first block that has the most inputs, if any."""
+def largest_linear(
+    architecture: Architecture, plan: QuantizationPlan
+) -> tuple[Group, Linear, Scheme] | None:
+    """Return the solved linear that has the most inputs, if any, and its group."""
     if not plan.needs_calibration:
         return None
-    found = [
-        linear
-        for linear, inputs in architecture.linear_inputs().items()
-        if plan.scheme(block_prefix(0) + linear, inputs) is not None
+    solved = [
+        (group, linear, scheme)
+        for block in architecture.kinds()
+        for stage in architecture.stages(block)
+        for group in stage.groups
+        for linear in group.linears
+        if (
+            scheme := plan.scheme(
+                block_prefix(block) + linear.name, architecture.size(linear.inputs)
+            )
+        )
     ]
-    return max(found, key=architecture.linear_inputs().__getitem__, default=None)
+
+    def inputs(entry: tuple[Group, Linear, Scheme]) -> int:
+        return architecture.size(entry[1].inputs)
+
+    return max(solved, key=inputs, default=None)
 
 
 def worth_trying(architecture: Architecture, plan: QuantizationPlan) -> bool:
-    """Whether the largest linear is large enough to fail for memory."""
-    linear = largest_linear(architecture, plan)
-    return linear is not None and (architecture.linear_shape(linear)[1] >= LEAST_INPUTS)
+    """Return whether the largest linear is large enough to fail for memory."""
+    largest = largest_linear(architecture, plan)
+    return largest is not None and (
+        architecture.size(largest[1].inputs) >= LEAST_INPUTS
+    )
 
 
 def try_largest(
@@ -57,15 +72,14 @@ def try_largest(
     BudgetError
         Memory ran out.
     """
-    linear = largest_linear(architecture, plan)
-    if linear is None:
+    largest = largest_linear(architecture, plan)
+    if largest is None:
         return
-    shape = architecture.linear_shape(linear)
-    what = f"{role(linear)}, {shape[1]} inputs"
+    group, linear, scheme = largest
+    shape = architecture.shape(linear)
+    what = f"{linear.role}, {shape[1]} inputs"
     passes.listener(Notice(text=f"trying the largest linear first: {what}"))
-    scheme = plan.scheme(block_prefix(0) + linear, shape[1])
-    assert scheme is not None
-    alone = any(stage.linears == (linear,) for stage in STAGES)
+    alone = group.alone is not None
     try:
         _solve_once(shape, scheme, plan, device, passes, alone=alone)
     except (MemoryError, RuntimeError) as error:

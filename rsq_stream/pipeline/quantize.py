@@ -181,8 +181,8 @@ class _Run:
     @property
     def records(self) -> dict[str, LinearRecord]:
         """What was done to each linear so far, by its name."""
-        linears = self._journal.linears()
-        return {name: LinearRecord(**made) for name, made in linears.items()}
+        done = self._journal.linears().items()
+        return {name: LinearRecord(**fields) for name, fields in done}
 
     def mended(self, work: Callable[[], Result]) -> Result:
         """Do a piece of work; what it finds damaged is made again, if it can be."""
@@ -197,8 +197,7 @@ class _Run:
         where = str(self._output.path.resolve())
         self._journal.put({"blocks": str(self.architecture.blocks), "output": where})
         last = self._journal.last_block()
-        first = 0 if last is None else last + 1
-        self.finished = first
+        self.finished = first = 0 if last is None else last + 1
         self._output.require_intact()
         plan = self._plan
         tokens = plan.sequences * plan.sequence_length if plan.needs_calibration else 0
@@ -290,8 +289,8 @@ class _Run:
         self._name_full_shards()
         self._move_to(self.architecture.blocks)
         self._output.require_whole()
-        records = list(self.records.values())
-        return self._output.write_small_files(records, self._identity.shards())
+        records, shards = list(self.records.values()), self._identity.shards()
+        return self._output.write_small_files(records, shards)
 
     def close(self) -> None:
         """Stop the threads that hash, read and write, and close the shards."""

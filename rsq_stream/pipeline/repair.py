@@ -26,7 +26,6 @@ from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import Listener, Notice
-from rsq_stream.model.families.base import STAGES
 from rsq_stream.model.tensor_names import block_of, block_prefix
 from rsq_stream.output.folder import OutputFolder
 from rsq_stream.pipeline.block_progress import TOKEN_WEIGHTS
@@ -117,7 +116,8 @@ class Rebuilder:
                 raise damage
             setup.embed(windows)
         else:
-            solver, _ = self._open(setup, block - 1, len(STAGES))
+            stages = len(setup.architecture.stages(block - 1))
+            solver, _ = self._open(setup, block - 1, stages)
             solver.streams[stream].replay_h(setup.passes, block - 1)
             solver.streams[stream].advance(setup.passes, block - 1)
         self._require_same(x, damage)
@@ -145,7 +145,7 @@ class Rebuilder:
         elif self._setup is None and owner is not None:
             self._round_again(owner)
         elif self._setup is not None and owner == block:
-            return self._solve_again(block, name)
+            return self._solve_again(self._setup, block, name)
         else:
             raise damage
         self._output.sync()
@@ -161,16 +161,17 @@ class Rebuilder:
         kept = self._source.unquantized(owner, self._source.block(owner))
         return [{name: kept[name]}] if name in kept else None
 
-    def _solve_again(self, block: int, name: str) -> str:
+    def _solve_again(self, setup: BlockSetup, block: int, name: str) -> str:
         """Take back the stage that a tensor belongs to, and those after it."""
-        prefix = block_prefix(block)
+        prefix, stages = block_prefix(block), setup.architecture.stages(block)
         stage = next(
             number
-            for number, made in enumerate(STAGES)
-            if any(name.startswith(f"{prefix}{linear}.") for linear in made.linears)
+            for number, owner in enumerate(stages)
+            for linear in owner.linears
+            if name.startswith(f"{prefix}{linear.name}.")
         )
         linears = [
-            prefix + linear for made in STAGES[stage:] for linear in made.linears
+            prefix + linear.name for later in stages[stage:] for linear in later.linears
         ]
         tensors = [
             tensor
@@ -179,4 +180,4 @@ class Rebuilder:
         ]
         self._journal.forget_stages(block, stage, linears, tensors)
         self._output.forget(tensors)
-        return f"the block's input, from stage {STAGES[stage].name} on"
+        return f"the block's input, from stage {stages[stage].name} on"

@@ -4,8 +4,9 @@ The Hessian of the stage's input, in the first stage the tokens' importance too,
 with two streams the drift between them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +18,22 @@ from rsq_stream.algorithm.gptq.error_propagation import (
 )
 from rsq_stream.algorithm.gptq.hessian import Hessian, flat
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.families.base import Group, Stage
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.token_importance import TokenImportance, TokenWeights
 
 
-@dataclass
+class Statistics(NamedTuple):
+    """What the solver needs to know of a group's inputs."""
+
+    hessian: Hessian
+    drift: Drift | None
+    """With two streams, the cross term between them."""
+
+
+@dataclass(kw_only=True)
 class StageStatistics:
     """The statistics of one block's stages, from the streams as they are."""
 
@@ -34,6 +43,8 @@ class StageStatistics:
     plan: QuantizationPlan
     passes: Passes
     importance: TokenImportance
+    stages: tuple[Stage, ...]
+    """The stages of the block; the first weighs the tokens."""
     known_BT: InitVar[Tensor | None] = None
     """Token weights of a first stage that is done already."""
     token_weights: TokenWeights = field(init=False)
@@ -51,12 +62,13 @@ class StageStatistics:
         """Give the tokens' weights alone; q and k must be those of the source."""
 
         def one(unit: int, x_BTD: Tensor) -> None:
-            self._weigh(unit, x_BTD, self.streams[0].stage_input(0, unit, x_BTD))
+            first = self.stages[0]
+            self._weigh(unit, x_BTD, self.streams[0].stage_input(first, unit, x_BTD))
 
         self.streams[0].each(self.passes, self.index, "token weights", one)
         return self.token_weights
 
-    def gather(self, number: int) -> tuple[Hessian, Drift | None]:
+    def gather(self, stage: Stage) -> Mapping[Group, Statistics]:
         """Make a stage's pass; it begins anew where memory runs out in it.
 
         Raises
@@ -65,20 +77,19 @@ class StageStatistics:
             Not even one unit at a time fits.
         """
 
-        def once() -> tuple[Hessian, Drift | None]:
-            if number == WRITES_H:
+        def once() -> Mapping[Group, Statistics]:
+            if stage.writes:
                 for stream in self.streams:
                     stream.slots.h.renew()
-            return self.accumulate(number)
+            return self.accumulate(stage)
 
-        return self.passes.with_fewer(
-            once, f"block {self.index}, {STAGES[number].name}"
-        )
+        return self.passes.with_fewer(once, f"block {self.index}, {stage.name}")
 
-    def accumulate(self, number: int) -> tuple[Hessian, Drift | None]:
-        """One pass over the calibration set: a stage's statistics."""
-        stage, plan, device = STAGES[number], self.plan, self.streams[0].block.device
-        first = stage.linears[0]
+    def accumulate(self, stage: Stage) -> Mapping[Group, Statistics]:
+        """Make one pass over the calibration set, and return a stage's statistics."""
+        plan, device = self.plan, self.streams[0].block.device
+        (group,) = stage.groups
+        first = group.linears[0].name
         outputs, columns = self.streams[0].block.weight(first).shape
         hessian = Hessian(columns, plan.hessian_panel, device)
         drift, alone = None, None
@@ -88,7 +99,7 @@ class StageStatistics:
         if plan.streams > 1:
             # Linears that share their input share C - H; o and down have a G each.
             # The last stream holds the source's weights.
-            if len(stage.linears) == 1:
+            if group.alone:
                 alone = self.streams[-1].block.weight(first)
             drift = Drift(
                 outputs if alone is not None else None,
@@ -99,10 +110,10 @@ class StageStatistics:
 
         def one(unit: int, *read: Tensor) -> tuple[Tensor, Tensor | None]:
             made = [
-                stream.stage_input(number, unit, x_BTD.to(device))
+                stream.stage_input(stage, unit, x_BTD.to(device))
                 for stream, x_BTD in zip(self.streams, read, strict=True)
             ]
-            if number == 0:
+            if stage is self.stages[0]:
                 self._weigh(unit, read[0], made[0])
             sequence = unit * plan.unit_sequences
             for stream in made:
@@ -114,7 +125,7 @@ class StageStatistics:
                 made = [StageInput(stream.value_BTI) for stream in made]
             return u_TI, drift_error(made[0], made[1], weight(unit), alone)
 
-        slots = [stream.slot(number) for stream in self.streams]
+        slots = [stream.slot(stage) for stream in self.streams]
         for run in self.passes.over(slots, self.index, stage.name, one):
             # No names: they would keep a run in memory while the next one is made.
             hessian.add(
@@ -126,7 +137,7 @@ class StageStatistics:
                     self.passes.pool,
                 )
         watch.require()
-        return hessian, drift
+        return {group: Statistics(hessian, drift)}
 
     def _stage_weight(self, linear: str) -> Callable[[int], Tensor]:
         """Give what weighs a unit's tokens: all alike, if the linear is left out."""

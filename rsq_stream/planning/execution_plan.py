@@ -13,8 +13,6 @@ from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS
-from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.layout import bits_per_weight, plan_layouts
 from rsq_stream.pipeline.preflight import worth_trying
 from rsq_stream.planning.memory.fit import (
@@ -27,6 +25,7 @@ from rsq_stream.planning.memory.fit import (
 )
 from rsq_stream.planning.memory.sensitivity import MeasuringMemory
 from rsq_stream.planning.memory.stages import MemoryPlan
+from rsq_stream.planning.validate import linear_type
 from rsq_stream.storage.activation_shape import slot_shape
 
 _JOURNAL_BYTES = 256 << 10
@@ -53,14 +52,13 @@ def plan_execution(
         Not even one unit at a time fits; the message says what would do.
     """
     shape, room = slot_shape(plan, architecture.width), room_for(options, used_bytes)
-    first = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight")
     wanted = options.units_in_flight or 2 * options.workers
     kind = MeasuringMemory if measures else MemoryPlan
     memory = fitted(
         kind(
             architecture,
             plan,
-            first.dtype,
+            linear_type(checkpoint, architecture),
             min(wanted, plan.units) if plan.needs_calibration else 1,
             options.workers,
             options.on_gpu,
@@ -112,8 +110,8 @@ def plan_execution(
         bits_per_weight=bits_per_weight(architecture, layouts),
         fallbacks=tuple(
             name
-            for name in LINEARS
-            if architecture.linear_shape(name)[1] % plan.group_size
+            for name, inputs in architecture.linear_inputs().items()
+            if inputs % plan.group_size
         ),
         tries_largest=(options.on_gpu or options.ram_bytes is not None)
         and worth_trying(architecture, plan),
@@ -139,4 +137,4 @@ def _small_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
     carried = sum(
         files.path(name).stat().st_size for name in SIDE_FILES if files.exists(name)
     )
-    return carried + 2_000 * architecture.blocks * len(LINEARS) + _JOURNAL_BYTES
+    return carried + 2_000 * len(architecture.model_linears()) + _JOURNAL_BYTES

@@ -28,9 +28,8 @@ from rsq_stream.config.schemes import (
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS
-from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.planning.devices import device_kind
+from rsq_stream.planning.validate import linear_type
 
 GPU_TILE_WEIGHTS = 1 << 27
 """Weights that a GPU solves together: with fewer it waits for launches, and each more
@@ -109,8 +108,8 @@ def make_plan(
         # RSQ's best r_min times the sequence length is about 20 wherever the
         # authors' job files show it (0.02 at 1024, 0.01 at 2048, 0.005 at 4096).
         minimum = min(1.0, 20 / length) * settings.importance_max
-    linear_type = checkpoint.entry(f"{block_prefix(0)}{LINEARS[0]}.weight").dtype
-    source_type = str(linear_type).removeprefix("torch.")
+    stored_type = linear_type(checkpoint, architecture)
+    source_type = str(stored_type).removeprefix("torch.")
     calibrated = settings.method not in ("rtn", "rotate")
     ours = settings.method == "rsq"
 
@@ -233,8 +232,4 @@ def own_shares(architecture: Architecture, settings: Settings) -> tuple[str, ...
 
 def _linears(architecture: Architecture) -> dict[str, int | None]:
     """Give each linear of the blocks with its block."""
-    return {
-        block_prefix(block) + linear: block
-        for block in range(architecture.blocks)
-        for linear in LINEARS
-    }
+    return {name: block for name, (block, _) in architecture.model_linears().items()}

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR, KEPT
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS
-from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.layout import ShardLayout
 
 KV_BYTES = 2
@@ -79,11 +77,9 @@ def _bits(architecture: Architecture, plan: QuantizationPlan) -> set[int]:
     """Give the bits that any linear has; those that are kept have none."""
     if plan.method == "rotate":
         return set()
-    names = {
-        block_prefix(block) + linear: architecture.linear_shape(linear)[1]
-        for block in range(architecture.blocks)
-        for linear in LINEARS
-    }
-    schemes = [plan.scheme(name, inputs) for name, inputs in names.items()]
+    schemes = [
+        plan.scheme(name, architecture.size(linear.inputs))
+        for name, (_, linear) in architecture.model_linears().items()
+    ]
     schemes.append(plan.scheme(HEAD_LINEAR, architecture.width))
     return {made.bits for made in schemes if made is not None and made.bits != KEPT}

@@ -3,15 +3,14 @@
 Where a stage computes and a disk reads or writes beside it, the longer of both counts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from rsq_stream.algorithm.rotation.hadamard import kronecker_factors
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS, STAGES, WRITES_H, Stage
-from rsq_stream.model.tensor_names import role
+from rsq_stream.model.families.base import Activation, Group, Linear, Stage
 from rsq_stream.planning.machine_speed import Rates, solve_flops
 
 _BF16_TERMS = 2
@@ -42,23 +41,29 @@ def predict(
     on_gpu: bool,
 ) -> Prediction:
     """Predict the stages of all blocks; what lies outside them is read and written."""
-    work = _Work(architecture, plan, execution, rates, on_gpu)
-    blocks = architecture.blocks
-    return Prediction(
-        {
-            "embedding and head": work.outside(),
-            **{name: blocks * seconds for name, seconds in work.block().items()},
-        }
+    work = _Work(
+        architecture=architecture,
+        plan=plan,
+        execution=execution,
+        rates=rates,
+        on_gpu=on_gpu,
     )
+    stages = {"embedding and head": work.outside()}
+    for block, count in architecture.kinds().items():
+        for name, seconds in replace(work, index=block).block().items():
+            stages[name] = stages.get(name, 0.0) + count * seconds
+    return Prediction(stages)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Work:
     architecture: Architecture
     plan: QuantizationPlan
     execution: ExecutionPlan
     rates: Rates
     on_gpu: bool
+    index: int = 0
+    """The block that is counted."""
 
     def outside(self) -> float:
         """Read, rotate and write embedding and head, and write the first inputs."""
@@ -72,24 +77,29 @@ class _Work:
         """Give one block's stages, by the names of the memory plan."""
         found = {"read and rotate": self._reading()}
         if not self.plan.needs_calibration:
-            entries = sum(map(self._entries, LINEARS))
+            entries = sum(map(self._entries, self._linears))
             return found | {"round": entries / self.rates.weights}
-        for number, stage in enumerate(STAGES):
-            found[f"{stage.name}: pass"] = self._pass(number, stage)
-            inputs = self._inputs(stage)
-            in_products = inputs**3 / 3 / self.rates.products
-            seconds = in_products + inputs**2 / self.rates.factored
-            found[f"{stage.name}: factorise"] = seconds
-            for linear in stage.linears:
-                name = f"{stage.name}: solve {role(linear)}"
-                found[name] = self._solving(stage, linear)
+        for stage in self.architecture.stages(self.index):
+            found[f"{stage.name}: pass"] = self._pass(stage)
+            for group in stage.groups:
+                factorising = f"{stage.name}: factorise"
+                found[factorising] = found.get(factorising, 0.0) + self._factor(group)
+                for linear in group.linears:
+                    solving = f"{stage.name}: solve {linear.role}"
+                    seconds = self._solving(group, linear)
+                    found[solving] = found.get(solving, 0.0) + seconds
         found["outputs: pass"] = self._outputs()
         return found
 
+    def _factor(self, group: Group) -> float:
+        inputs = self._inputs(group)
+        in_products = inputs**3 / 3 / self.rates.products
+        return in_products + inputs**2 / self.rates.factored
+
     def _reading(self) -> float:
         shape, seconds = self.architecture, 0.0
-        block = sum(map(prod, shape.block_shapes().values()))
-        for linear in LINEARS:
+        block = shape.block_entries(self.index)
+        for linear in self._linears:
             seconds += self._rotated(self._entries(linear), shape.width)
         if self.execution.reads_ahead:  # the block before it takes longer to solve
             return seconds
@@ -110,57 +120,60 @@ class _Work:
         flops = 0 if self.on_gpu else 2.0 * entries * sum(sizes)
         return seconds + flops / self.rates.products
 
-    def _pass(self, number: int, stage: Stage) -> float:
-        plan, tokens, inputs = self.plan, self._tokens, self._inputs(stage)
+    def _pass(self, stage: Stage) -> float:
+        plan, tokens, group = self.plan, self._tokens, stage.groups[0]
+        inputs = self._inputs(group)
         terms = _BF16_TERMS if self.on_gpu else 1
         flops = terms * float(inputs) ** 2  # half of H is made
         values = 0.0
         if plan.streams > 1:
             values += _TOUCHES * inputs
-            if len(stage.linears) == 1:
-                outputs = self.architecture.linear_shape(stage.linears[0])[0]
+            if group.alone:
+                outputs = self.architecture.size(group.alone.outputs)
                 flops += 2.0 * (1 + terms) * outputs * inputs
             else:
                 flops += 2.0 * terms * inputs**2
         seconds = tokens * (flops / self.rates.products + values / self.rates.values)
-        seconds += plan.streams * self._forward(number)
-        if number == 0 and plan.importance == "attncon":
+        seconds += plan.streams * self._forward(stage)
+        first = stage is self.architecture.stages(self.index)[0]
+        if first and plan.importance == "attncon":
             seconds += self._scored(self.rates.sums) + self._projected()
-        written = self._slot_written() if number == WRITES_H else 0.0
+        written = self._slot_written() if stage.writes else 0.0
         return max(seconds, self._slot_read() + written)
 
-    def _solving(self, stage: Stage, linear: str) -> float:
-        outputs, inputs = self.architecture.linear_shape(linear)
+    def _solving(self, group: Group, linear: Linear) -> float:
+        outputs, inputs = self.architecture.shape(linear)
         flops = solve_flops(self.plan, outputs, inputs)
         if self.plan.streams > 1:
             # Two triangular solves; and W (C - H), where that is shared.
-            flops += (2 if len(stage.linears) == 1 else 4) * float(outputs) * inputs**2
+            flops += (2 if group.alone else 4) * float(outputs) * inputs**2
         return flops / self.rates.products + outputs * inputs / self.rates.weights
 
     def _outputs(self) -> float:
         shape = self.architecture
         down = 2.0 * self._tokens * shape.width * shape.mlp_width
         again = 1 - self.execution.mlp_units / max(1, self.plan.units)
-        one = again * self._forward(len(STAGES) - 1) + down / self.rates.products
+        last = self.architecture.stages(self.index)[-1]
+        one = again * self._forward(last) + down / self.rates.products
         disk = self._slot_read() + self._slot_written()
         return max(self.plan.streams * one, disk)
 
-    def _forward(self, number: int) -> float:
+    def _forward(self, stage: Stage) -> float:
         """One stream through the part of the block that a stage needs."""
         shape, tokens = self.architecture, self._tokens
         heads, values = shape.heads * shape.head_width, 2 * _TOUCHES * shape.width
-        if number == 0:
+        if stage.input is Activation.ATTENTION_INPUT:
             return tokens * values / self.rates.values
-        if number == len(STAGES) - 1:
+        if stage.input is Activation.MLP_INNER:
             flops = 4.0 * shape.width * shape.mlp_width
             values += _TOUCHES * shape.mlp_width
             each = flops / self.rates.products + values / self.rates.values
             return tokens * each
         again = 1.0
-        if number == WRITES_H and not self.on_gpu:
+        if stage.writes and not self.on_gpu:
             again = 1 - self._resident  # the others have their attention's output
         seconds = again * (self._projected() + self._scored(self.rates.scores))
-        if number == WRITES_H:
+        if stage.writes:
             flops = 2.0 * tokens * shape.width * heads
             seconds += flops / self.rates.products
         return seconds + tokens * values / self.rates.values
@@ -198,12 +211,15 @@ class _Work:
     @property
     def _source_entries(self) -> int:
         shape = self.architecture
-        block = sum(map(prod, shape.block_shapes().values()))
         outside = sum(map(prod, shape.outer_shapes().values()))
-        return outside + shape.blocks * block
+        return outside + sum(map(shape.block_entries, range(shape.blocks)))
 
-    def _entries(self, linear: str) -> int:
-        return prod(self.architecture.linear_shape(linear))
+    @property
+    def _linears(self) -> tuple[Linear, ...]:
+        return tuple(self.architecture.linears(self.index).values())
 
-    def _inputs(self, stage: Stage) -> int:
-        return self.architecture.linear_shape(stage.linears[0])[1]
+    def _entries(self, linear: Linear) -> int:
+        return prod(self.architecture.shape(linear))
+
+    def _inputs(self, group: Group) -> int:
+        return self.architecture.size(group.linears[0].inputs)

@@ -31,7 +31,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
     expected = dict(architecture.outer_shapes())
     for block in range(architecture.blocks):
         prefix = block_prefix(block)
-        for name, shape in architecture.block_shapes().items():
+        for name, shape in architecture.block_shapes(block).items():
             expected[prefix + name] = shape
     for name, shape in expected.items():
         entry = checkpoint.entry(name, shape)
@@ -48,3 +48,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
                 f" {architecture.family.model_type} model as config.json describes it"
             )
     return architecture
+
+
+def linear_type(checkpoint: Checkpoint, architecture: Architecture) -> torch.dtype:
+    """Return the stored type of the first linear, which stands for all of them."""
+    name = next(iter(architecture.model_linears()))
+    return checkpoint.entry(f"{name}.weight").dtype

@@ -71,6 +71,19 @@ def ours(
     return weight_OI + torch.cat(moved)
 
 
+def budget(given: dict[str, Tensor], *, damping: float) -> float:
+    """Bound the relative error of a solve in fp32 by the condition of H + lambda I.
+
+    63 tokens of 137 inputs leave H singular but for its damping: there, fp32 keeps 4 of
+    its 7 digits, and which of two processors errs by more is chance.
+    """
+    u_TI = given["u_TI"].double()
+    hessian_II = (given["weight_T"].double()[:, None] * u_TI).T @ u_TI
+    hessian_II.diagonal().add_(damping * hessian_II.diagonal().mean())
+    unit_roundoff = torch.finfo(torch.float32).eps / 2
+    return unit_roundoff * float(torch.linalg.cond(hessian_II))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "T{}-O{}-I{}".format(*s))
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -88,7 +101,7 @@ def test_targets_are_those_of_the_formula(
         damping=0.01,
     )
     error = (found - wanted).norm() / wanted.norm()
-    assert float(error) < 1e-5
+    assert float(error) < budget(given, damping=0.01)
 
 
 def test_the_whole_correction_is_the_least_squares_answer(pool: Pool) -> None:

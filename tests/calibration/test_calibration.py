@@ -276,8 +276,8 @@ def test_a_long_text_takes_little_memory() -> None:
     program = f"""
 import sys
 from pathlib import Path
-from rsq_stream.calibration import choose_windows
-from rsq_stream.tokenizer import load_tokenizer
+from rsq_stream.calibration.windows import choose_windows
+from rsq_stream.calibration.tokenizer import load_tokenizer
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -209,7 +209,7 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_second_signal_stops_at_once() -> None:
     program = (
         "import os, signal, time\n"
-        "from rsq_stream.cli.stopping import StopRequest\n"
+        "from rsq_stream.cli.signals import StopRequest\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert stop.event.wait(5)\n"

@@ -15,10 +15,10 @@ from rsq_stream.model import fused_rotation
 from rsq_stream.model.architecture import Architecture, read_architecture
 from rsq_stream.model.block import Block
 from rsq_stream.model.families import FAMILIES
-from rsq_stream.model.families.base import LINEARS, STAGES
 from rsq_stream.model.fused_rotation import ModelRotation
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 from rsq_stream.model.transformers_layers import Rope, layer_config
+from tests.support.toy import LINEARS, STAGES
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS = 50
@@ -83,13 +83,19 @@ def block_tensors(toy: Toy, index: int) -> dict[str, Tensor]:
     }
 
 
+def rotated(
+    toy: Toy, tensors: dict[str, Tensor], rotation: ModelRotation
+) -> dict[str, Tensor]:
+    return rotation.block(tensors, toy.architecture.linears(0).values())
+
+
 def blocks(toy: Toy, rotation: ModelRotation | None = None) -> Iterator[Block]:
     family, device = toy.architecture.family, toy.window_BT.device
     config = layer_config(family, toy.model.config.to_dict())
     rope = Rope(family, config, TOKENS, torch.float32, device)
     for index in range(2):
         tensors = block_tensors(toy, index)
-        tensors = rotation.block(tensors) if rotation else tensors
+        tensors = rotated(toy, tensors, rotation) if rotation else tensors
         yield Block(family, config, index, tensors, rope)
 
 
@@ -134,7 +140,7 @@ def test_rotation_turns_all_that_touches_the_stream_and_the_values(family):
     source = toy(family, 96)
     before = block_tensors(source, 0)
     kept = {name: tensor.clone() for name, tensor in before.items()}
-    after = rotation_of(source).block(dict(before))
+    after = rotated(source, dict(before), rotation_of(source))
     assert set(after) == set(before)
     for name, tensor in before.items():
         assert torch.equal(tensor, kept[name]), f"{name} was changed in place"
@@ -180,7 +186,8 @@ def test_stages_chain_to_the_block_and_take_another_weight(family):
     x_BTD = source.tensors[EMBEDDING][source.window_BT]
     for stage in STAGES:
         block = next(blocks(source))
-        for linear in stage.linears:
+        linears = [linear.name for linear in stage.linears]
+        for linear in linears:
             half_OI = block.weight(linear) / 2
             block.replace_weight(linear, half_OI.double())
             assert torch.equal(block.weight(linear), half_OI)
@@ -191,7 +198,7 @@ def test_stages_chain_to_the_block_and_take_another_weight(family):
         found_BTD = block.after_mlp(h_BTD, u_BTI)
         assert torch.equal(found_BTD, block.forward(x_BTD))
         # The same weights in the layer of transformers itself.
-        for linear in stage.linears:
+        for linear in linears:
             layer = source.model.model.layers[0]
             layer.get_submodule(linear).weight.copy_(block.weight(linear))
         seen = source.model(source.window_BT, output_hidden_states=True)
@@ -208,10 +215,11 @@ def test_shapes_are_those_of_the_checkpoint(family, tied):
         assert shapes.pop(HEAD) == shapes[EMBEDDING]
     announced = source.architecture.outer_shapes()
     for index in range(source.architecture.blocks):
-        for name, shape in source.architecture.block_shapes().items():
+        for name, shape in source.architecture.block_shapes(index).items():
             announced[block_prefix(index) + name] = shape
     assert announced == shapes
-    matrices = [n for n, s in source.architecture.block_shapes().items() if len(s) == 2]
+    shapes = source.architecture.block_shapes(0)
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     assert {f"{linear}.weight" for linear in LINEARS} == set(matrices)
 
 
@@ -272,10 +280,10 @@ def test_a_rotation_in_parts_is_the_same(monkeypatch, length):
     """As on a GPU, where a whole linear beside its rotation would be too much."""
     source = toy("llama", 96)
     rotation, before = rotation_of(source), block_tensors(source, 0)
-    whole = rotation.block(dict(before))
+    whole = rotated(source, dict(before), rotation)
     monkeypatch.setattr(fused_rotation, "_part_length", lambda *_: length)
     own = {name: tensor.clone() for name, tensor in before.items()}
-    parts = rotation.block(own)
+    parts = rotated(source, own, rotation)
     assert own == {}
     assert parts.keys() == whole.keys()
     for name, tensor in whole.items():

@@ -26,7 +26,6 @@ from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.events import Event, StageStarted
 from rsq_stream.model.block import Block
 from rsq_stream.model.families import FAMILIES
-from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.online_rotation import (
     KEY,
     OnlineRotations,
@@ -40,6 +39,7 @@ from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import matrix_of, textbook_rotations
 from tests.support.toy import (
+    LINEARS,
     calm,
     contents,
     decoded_state,

@@ -200,7 +200,7 @@ def test_schemes_undo_the_config(mlp, bits, group_size, symmetric):
     assert schemes.pop("lm_head") is None
     assert sorted(schemes) == sorted(linear_names(blocks))
     for name, scheme in schemes.items():
-        inputs = architecture.linear_shape(name.split(".", 3)[-1])[1]
+        inputs = architecture.linear_inputs()[name.split(".", 3)[-1]]
         divides = group_size != -1 and inputs % group_size == 0
         expected = Scheme(bits, group_size if divides else -1, symmetric)
         assert scheme == expected

@@ -258,7 +258,7 @@ def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
         assert schemes is not None
         names = linear_names(2)
         for name in names:
-            inputs = architecture.linear_shape(name.split(".", 3)[3])[1]
+            inputs = architecture.linear_inputs()[name.split(".", 3)[3]]
             assert schemes[name] == made.scheme(name, inputs)
         assert schemes["model.layers.1.self_attn.v_proj"] is None
         for key, value in (("grid", "e7p"), ("grid", "integer"), ("format", "x")):

@@ -16,7 +16,6 @@ from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.schemes import HEAD_LINEAR
 from rsq_stream.errors import Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
-from rsq_stream.model.families.base import LINEARS, STAGES
 from rsq_stream.output.layout import output_bits, source_weights
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import BITS, PROBE_BITS, Costs
@@ -33,6 +32,8 @@ from tests.pipeline.test_out_of_memory import Scarce
 from tests.pipeline.test_resume import SMALL
 from tests.support.fake_copies import take_a_gpus_way
 from tests.support.toy import (
+    LINEARS,
+    STAGES,
     Recorder,
     execution_for,
     linear_names,
@@ -291,7 +292,7 @@ def test_what_runtimes_fuse_shares_its_bits(toy: Path, costs: Costs) -> None:
     for block in range(BLOCKS):
         for stage in STAGES:
             schemes = {
-                found.scheme(f"model.layers.{block}.{linear}", 32)
+                found.scheme(f"model.layers.{block}.{linear.name}", 32)
                 for linear in stage.linears
             }
             assert len(schemes) == 1

@@ -12,8 +12,7 @@ from torch import Tensor
 from rsq_stream.algorithm.gptq.hessian import flat
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.checkpoint.model_reader import ModelReader
-from rsq_stream.model.families.base import LINEARS
-from tests.support.toy import open_toy, run_toy, toy_checkpoint
+from tests.support.toy import LINEARS, open_toy, run_toy, toy_checkpoint
 
 IN_FLIGHT = 2
 RUN: dict[str, Any] = {

@@ -19,13 +19,15 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import BudgetError, CheckpointError, NumericalError
 from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDone
 from rsq_stream.model.block import Block
-from rsq_stream.model.families.base import LINEARS, STAGES
+from rsq_stream.model.families.base import Stage
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.pipeline import block_solver
 from rsq_stream.pipeline.activations import finite_check
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.toy import (
+    LINEARS,
+    STAGES,
     Recorder,
     contents,
     execution_for,
@@ -342,9 +344,9 @@ def test_both_streams_are_looked_at(
     calls = itertools.count()
     original = Stream.stage_input
 
-    def spoiled(self: Stream, stage: int, unit: int, read_BTD: Tensor) -> StageInput:
+    def spoiled(self: Stream, stage: Stage, unit: int, read_BTD: Tensor) -> StageInput:
         made = original(self, stage, unit, read_BTD)
-        if stage == 1 and next(calls) % 2 == stream and unit == 1:
+        if stage.name == "attention out" and next(calls) % 2 == stream and unit == 1:
             made.value_BTI[0, 3, 2] = float("nan")
         return made
 

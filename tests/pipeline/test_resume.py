@@ -15,12 +15,10 @@ import pytest
 
 from rsq_stream.errors import Interrupted, OutputError, PlanMismatchError, ScratchError
 from rsq_stream.events import BlockFinished, Event, LinearRecord, StageStarted
-from rsq_stream.model.families.base import LINEARS
-from rsq_stream.model.tensor_names import role
 from rsq_stream.pipeline.block_solver import BlockSolver
 from rsq_stream.storage import atomic
 from rsq_stream.storage.crash_points import observed
-from tests.support.toy import Recorder, contents, run_toy, toy_checkpoint
+from tests.support.toy import STAGES, Recorder, contents, run_toy, toy_checkpoint
 
 SMALL: dict[str, Any] = {
     "width": 32,
@@ -216,7 +214,9 @@ def test_what_is_solved_already_is_not_kept_in_memory(
     original = BlockSolver.run
 
     def run(solver: BlockSolver, done: int) -> list[LinearRecord]:
-        held.append((done, sorted(map(role, solver.weights))))
+        linears = [linear for stage in STAGES for linear in stage.linears]
+        left = [linear.role for linear in linears if linear.name in solver.weights]
+        held.append((done, sorted(left)))
         return original(solver, done)
 
     def listener(event: Event) -> None:
@@ -228,7 +228,7 @@ def test_what_is_solved_already_is_not_kept_in_memory(
         run_toy(toy, output, **RUN, listener=listener, stop=stop)
     run_toy(toy, output, **RUN)
     assert contents(output) == whole[0]
-    every = sorted(map(role, LINEARS))
+    every = sorted(linear.role for stage in STAGES for linear in stage.linears)
     assert held == [(0, every), (3, ["down"]), (0, every)]
     held.clear()
     kept = tmp_path / "kept"

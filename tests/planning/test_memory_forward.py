@@ -11,14 +11,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rsq_stream.model.families.base import STAGES
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.planning.memory.forward import forward_bytes, unit_bytes
 from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime.worker_pool import Pool
-from tests.support.toy import open_toy, plan_toy, run_toy, toy_checkpoint
+from tests.support.toy import STAGES, open_toy, plan_toy, run_toy, toy_checkpoint
 
-PASSES = [stage.name for stage in STAGES] + ["outputs"]
 SIZES: list[dict[str, Any]] = [
     {"width": 64, "heads": 4, "kv_heads": 2, "mlp": 224},
     {"width": 64, "heads": 4, "kv_heads": 4, "mlp": 96},
@@ -122,9 +120,12 @@ def test_a_unit_takes_what_is_counted(
     )
     plan, _ = plan_toy(folder, plan=fields, **given)
     architecture = inspect_checkpoint(open_toy(folder))
-    for number, stage in enumerate(PASSES):
-        count = unit_bytes if number < len(STAGES) else forward_bytes
-        counted = count(architecture, plan, number, 4, on_gpu=False)
+    counts = {
+        stage.name: unit_bytes(architecture, plan, stage, 4, on_gpu=False)
+        for stage in STAGES
+    }
+    counts["outputs"] = forward_bytes(architecture, plan, None, 4, on_gpu=False)
+    for stage, counted in counts.items():
         assert seen[stage] <= 1.01 * counted, stage
         # In fp32 a unit is not copied when it is read.
         assert dtype == torch.float32 or seen[stage] >= 0.8 * counted, stage

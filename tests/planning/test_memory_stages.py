@@ -60,7 +60,7 @@ def write_headers(folder: Path, shape: tuple[int, int, int, int, int]) -> Path:
     architecture = read_architecture(config, "here")
     shapes = dict(architecture.outer_shapes())
     for block in range(blocks):
-        for name, size in architecture.block_shapes().items():
+        for name, size in architecture.block_shapes(block).items():
             shapes[block_prefix(block) + name] = size
     header, end = {}, 0
     for name, size in shapes.items():
@@ -357,7 +357,14 @@ def test_the_last_units_at_work_are_not_kept_yet(
         in_flight=4,
         slot_bytes=0,
     )
-    made = Prepared(checkpoint, plan, chosen, options, None, architecture.blocks)
+    made = Prepared(
+        checkpoint=checkpoint,
+        plan=plan,
+        execution=chosen,
+        options=options,
+        windows=None,
+        architecture=architecture,
+    )
     assert kept_bytes(made, "mlp in: pass") == 0
     assert kept_bytes(made, "mlp out: pass") == 100 * counted
     assert kept_bytes(made, "mlp out: solve down") == 100 * mlp_units

@@ -19,7 +19,7 @@ PLAN = json.dumps({"bits": 3, "method": "rsq", "seed": 0})
 OWNER = """
 import sys
 from pathlib import Path
-from rsq_stream.storage.run_folder import RunFolder
+from rsq_stream.storage.work_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 folder.open_journal(sys.argv[2], "sha")
 print("ready", flush=True)

@@ -28,7 +28,7 @@ from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.settings import Settings
 from rsq_stream.events import Event, Listener, ignore
 from rsq_stream.model.families import FAMILIES
-from rsq_stream.model.families.base import LINEARS
+from rsq_stream.model.families.base import GATED_DENSE
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.job import RunSummary
 from rsq_stream.pipeline.quantize import quantize
@@ -36,6 +36,10 @@ from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.quantization_plan import make_plan
 from rsq_stream.planning.validate import inspect_checkpoint
 
+STAGES = GATED_DENSE
+"""The stages of every block of a toy."""
+LINEARS = tuple(linear.name for stage in STAGES for linear in stage.linears)
+"""The linears of every block of a toy, by their names in it."""
 SMALL_PLAN: dict[str, Any] = {
     "unit_sequences": 2,
     "hessian_panel": 32,
@@ -81,7 +85,7 @@ def toy_checkpoint(
     Gains, biases and weights are all random, at sizes that keep the activations
     near 1 and the logits a few units apart.
     """
-    stem = FAMILIES[family].stem
+    stem = FAMILIES[family].class_prefix
     made = getattr(transformers, f"{stem}Config")(
         hidden_size=width,
         num_attention_heads=heads,

@@ -54,7 +54,7 @@ def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str,
     """Say how compressed-tensors finds the linears, and their schemes."""
     targets: dict[Scheme | None, list[str]] = {}
     for linear in LINEARS:
-        inputs = architecture.linear_shape(linear)[1]
+        inputs = architecture.linear_inputs()[linear]
         blocks: dict[Scheme | None, list[int]] = {}
         for block in range(architecture.blocks):
             scheme = plan.scheme(block_prefix(block) + linear, inputs)

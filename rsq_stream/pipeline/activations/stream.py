@@ -14,7 +14,7 @@ from torch import Tensor
 from rsq_stream.algorithm.gptq.error_propagation import StageInput
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.block import Block
-from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.families.base import Activation, Stage
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.pipeline.activations.slots import Slots
@@ -35,23 +35,27 @@ class Stream:
     """u of some units, between the fourth stage and the block's outputs."""
 
     def __post_init__(self) -> None:
-        inputs = self.block.weight(STAGES[1].linears[0]).shape[1]
         shape = self.slots.x.shape
         tokens = shape.unit_sequences * shape.tokens
-        size = tokens * inputs * shape.dtype.itemsize
+        size = tokens * self.block.attention_width * shape.dtype.itemsize
         self._attention = Pages(self.slots.resident, size)
-        inputs = self.block.weight(STAGES[-1].linears[0]).shape[1]
         compute: torch.dtype = getattr(torch, self.plan.compute_type)
-        self._mlp = Pages(self.slots.mlp_units, tokens * inputs * compute.itemsize)
+        size = tokens * self.block.inner_width * compute.itemsize
+        self._mlp = Pages(self.slots.mlp_units, size)
 
-    def slot(self, stage: int) -> Slot:
-        """Give the slot that a stage's pass reads."""
-        return self.slots.h if stage > WRITES_H else self.slots.x
+    def slot(self, stage: Stage) -> Slot:
+        """Return the slot that a stage's pass reads."""
+        return self.slots.h if stage.reads == "h" else self.slots.x
 
-    def stage_input(self, stage: int, unit: int, read_BTD: Tensor) -> StageInput:
+    def stage_input(self, stage: Stage, unit: int, read_BTD: Tensor) -> StageInput:
         """Compute the input of a stage from what its slot holds of a unit."""
-        stages = (self._attention_in, self._attention_out, self._mlp_in, self._mlp_out)
-        return stages[stage](unit, read_BTD)
+        compute = {
+            Activation.ATTENTION_INPUT: self._attention_in,
+            Activation.ATTENTION_OUTPUT: self._attention_out,
+            Activation.MLP_INPUT: self._mlp_in,
+            Activation.MLP_INNER: self._mlp_inner,
+        }
+        return compute[stage.input](unit, read_BTD)
 
     def _attention_in(self, unit: int, x_BTD: Tensor) -> StageInput:
         """Give a = norm1(x)."""
@@ -80,7 +84,7 @@ class Stream:
         self.slots.h.write(unit, h_BTD, durable=True)
         return StageInput(self.block.mlp_input(self._computed(h_BTD)))
 
-    def _mlp_out(self, unit: int, h_BTD: Tensor) -> StageInput:
+    def _mlp_inner(self, unit: int, h_BTD: Tensor) -> StageInput:
         """Give u, by the present gate and up."""
         m_BTD = self.block.mlp_input(self._computed(h_BTD))
         u_BTI = self.block.mlp_output(m_BTD)

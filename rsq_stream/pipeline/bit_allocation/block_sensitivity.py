@@ -15,13 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.loss import weighted_losses
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import NumericalError
-from rsq_stream.model.families.base import STAGES, WRITES_H
+from rsq_stream.model.families.base import Group, Stage
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.stream import Stream
@@ -38,7 +39,7 @@ Costs = dict[str, dict[int, float]]
 """By linear and bits: the mean share of a token's output energy that is lost."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BlockMeter:
     """One block in full precision, about to be measured."""
 
@@ -51,6 +52,7 @@ class BlockMeter:
     plan: QuantizationPlan
     passes: Passes
     importance: TokenImportance
+    stages: tuple[Stage, ...]
     _losses: dict[str, dict[int, float]] = field(default_factory=dict)
     _probes: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     """Rounded weights by linear, in host memory, and their loss."""
@@ -58,22 +60,19 @@ class BlockMeter:
     def run(self) -> Costs:
         """Measure all linears; the block's outputs are written as well."""
         statistics = StageStatistics(
-            self.index, [self.stream], self.plan, self.passes, self.importance
+            index=self.index,
+            streams=[self.stream],
+            plan=self.plan,
+            passes=self.passes,
+            importance=self.importance,
+            stages=self.stages,
         )
-        for number, stage in enumerate(STAGES):
-            hessian, _ = statistics.gather(number)
-            if number == WRITES_H:
+        for stage in self.stages:
+            gathered = statistics.gather(stage)
+            if stage.writes:
                 self.stream.slots.h.flush(durable=False)
-            self.passes.check()
-            pool, columns = self.passes.pool, self.plan.tile_columns
-            try:
-                damping = self.plan.damping_for(hessian.matrix_II.shape[0])
-                factor = factorise(hessian, damping, columns, pool)
-            except NumericalError as error:
-                where = f"block {self.index}, {stage.name}"
-                raise NumericalError(f"{where}: {error}") from error
-            for linear in stage.linears:
-                self._measure(linear, factor)
+            for group in stage.groups:
+                self._measure_group(stage, group, gathered[group].hessian)
         shares = self._shares()
         advance = partial(self.stream.advance, self.passes, self.index)
         self.passes.with_fewer(advance, f"block {self.index}, outputs")
@@ -86,6 +85,18 @@ class BlockMeter:
             }
             for linear, losses in self._losses.items()
         }
+
+    def _measure_group(self, stage: Stage, group: Group, hessian: Hessian) -> None:
+        self.passes.check()
+        pool, columns = self.passes.pool, self.plan.tile_columns
+        try:
+            damping = self.plan.damping_for(hessian.matrix_II.shape[0])
+            factor = factorise(hessian, damping, columns, pool)
+        except NumericalError as error:
+            where = f"block {self.index}, {stage.name}"
+            raise NumericalError(f"{where}: {error}") from error
+        for linear in group.linears:
+            self._measure(linear.name, factor)
 
     def _measure(self, linear: str, factor: Factor) -> None:
         """Find a linear's losses at all bits, and keep it as the probe has it."""

@@ -15,7 +15,7 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import UsageError
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import STAGES, Stage
+from rsq_stream.model.families.base import Group
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.layout import output_bits, source_weights
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import BITS, Costs
@@ -156,39 +156,44 @@ def _groups(
     plan: QuantizationPlan,
     costs: Costs | None,
 ) -> list[_Group]:
-    """Give all linears whose bits are to be chosen, as they share them."""
-    found = []
-    for block in range(architecture.blocks):
-        for stage in STAGES:
-            group = _group(checkpoint, architecture, plan, costs, block, stage)
-            if group is not None:
-                found.append(group)
-    return found
+    """Return all linears whose bits are to be chosen, as they share them."""
+    sizes = _Sizes(checkpoint, architecture, plan, costs)
+    groups = [
+        sizes.of_group(block, group)
+        for block in range(architecture.blocks)
+        for stage in architecture.stages(block)
+        for group in stage.groups
+    ]
+    return [group for group in groups if group is not None]
 
 
-def _group(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    plan: QuantizationPlan,
-    costs: Costs | None,
-    block: int,
-    stage: Stage,
-) -> _Group | None:
-    sizes, sums, names = [0] * len(BITS), [0.0] * len(BITS), []
-    for linear in stage.linears:
-        name = block_prefix(block) + linear
-        if plan.override(name) is not None:
-            continue
-        names.append(name)
-        dtype = checkpoint.entry(f"{name}.weight").dtype
-        shape = architecture.linear_shape(linear)
-        scheme = plan.scheme(name, shape[1])
-        assert scheme is not None
-        for option, bits in enumerate(BITS):
-            wanted = Scheme(bits, scheme.group_size, scheme.symmetric)
-            tensors = linear_tensors(name, shape, wanted, dtype)
-            sizes[option] += 8 * sum(tensor.size_bytes for tensor in tensors)
-            sums[option] += costs[name][bits] if costs is not None else 0.0
-    if not names:
-        return None
-    return _Group(tuple(names), Unit(tuple(sizes), tuple(sums)))
+@dataclass(frozen=True)
+class _Sizes:
+    """What each number of bits takes, and costs where that was measured."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    plan: QuantizationPlan
+    costs: Costs | None
+
+    def of_group(self, block: int, group: Group) -> _Group | None:
+        """Return a group's sizes and costs; None if overrides have all its linears."""
+        sizes, sums, names = [0] * len(BITS), [0.0] * len(BITS), []
+        for linear in group.linears:
+            name = block_prefix(block) + linear.name
+            if self.plan.override(name) is not None:
+                continue
+            names.append(name)
+            dtype = self.checkpoint.entry(f"{name}.weight").dtype
+            shape = self.architecture.shape(linear)
+            scheme = self.plan.scheme(name, shape[1])
+            assert scheme is not None
+            for option, bits in enumerate(BITS):
+                wanted = Scheme(bits, scheme.group_size, scheme.symmetric)
+                tensors = linear_tensors(name, shape, wanted, dtype)
+                sizes[option] += 8 * sum(tensor.size_bytes for tensor in tensors)
+                if self.costs is not None:
+                    sums[option] += self.costs[name][bits]
+        if not names:
+            return None
+        return _Group(tuple(names), Unit(tuple(sizes), tuple(sums)))

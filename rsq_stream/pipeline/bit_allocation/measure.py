@@ -227,15 +227,21 @@ class _Run:
     def _block(self, index: int) -> Costs:
         tensors = self._source.block(index)
         compute = getattr(torch, self._plan.compute_type)
-        weights, cast = placed(tensors, compute, streams=self._streams_weights)
+        linears = self._architecture.linears(index)
+        weights, cast = placed(tensors, linears, compute, streams=self._streams_weights)
         family, rope, online = self._architecture.family, self._rope, self._online
         (slots,) = self._slots.of_block(index)
         block = Block(family, self._config, index, cast, rope, online=online)
         stream = Stream(block, slots, self._plan)
-        types = self._source.linear_types(index)
-        plan, passes = self._plan, self._passes
         meter = BlockMeter(
-            index, stream, weights, types, plan, passes, self._importance
+            index=index,
+            stream=stream,
+            weights=weights,
+            types=self._source.linear_types(index),
+            plan=self._plan,
+            passes=self._passes,
+            importance=self._importance,
+            stages=self._architecture.stages(index),
         )
         return meter.run()
 

@@ -6,7 +6,6 @@ from rsq_stream.checkpoint.source import chunk_rows
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.tensor_names import EMBEDDING
 
 FP32 = 4
@@ -40,4 +39,8 @@ def rotation_bytes(
 
 def largest_linear(architecture: Architecture) -> int:
     """Give the weights of a block's largest linear."""
-    return max(prod(architecture.linear_shape(name)) for name in LINEARS)
+    return max(
+        prod(architecture.shape(linear))
+        for block in architecture.kinds()
+        for linear in architecture.linears(block).values()
+    )

@@ -4,7 +4,7 @@ from rsq_stream.algorithm.gptq.error_propagation import OUTPUTS
 from rsq_stream.config.importance import HARD
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.families.base import STAGES
+from rsq_stream.model.families.base import Activation, Stage
 from rsq_stream.ops.column_sums import QUERIES
 
 FP32 = 4
@@ -13,7 +13,7 @@ FP32 = 4
 def unit_bytes(
     architecture: Architecture,
     plan: QuantizationPlan,
-    stage: int,
+    stage: Stage,
     size: int,
     *,
     on_gpu: bool,
@@ -26,12 +26,12 @@ def unit_bytes(
     if plan.streams == 1:
         return through
     tokens = plan.unit_sequences * plan.sequence_length
-    linears = STAGES[stage].linears
-    outputs, inputs = architecture.linear_shape(linears[0])
+    group = stage.groups[0]
+    outputs, inputs = architecture.shape(group.linears[0])
     held, difference = size * tokens * inputs, FP32 * tokens * inputs
     # The difference and that times weights; of other types both inputs in fp32 first.
     apart = difference * (2 if size == FP32 else 3)
-    if len(linears) == 1:  # the output's error, and in fp32 the residuals'
+    if group.alone:  # the output's error, and in fp32 the residuals'
         result = FP32 * tokens * outputs
         apart = max(apart, difference + 5 * result)
         if on_gpu:  # its two terms, and of W some rows that may be fetched
@@ -43,16 +43,16 @@ def unit_bytes(
 def forward_bytes(
     architecture: Architecture,
     plan: QuantizationPlan,
-    stage: int,
+    stage: Stage | None,
     size: int,
     *,
     on_gpu: bool,
 ) -> int:
     """Count the most that one unit takes in the pass of a stage, in one stream.
 
-    What it results in is part of that; what was read of it is not. A stage beyond the
-    last is the pass that writes the block's outputs. ``size`` is the bytes of a value
-    in the type that is computed in.
+    The count includes the result, and not what was read. A stage of None is the pass
+    that writes the block's outputs. ``size`` is the bytes of a value in the type that
+    is computed in.
     """
     tokens = plan.unit_sequences * plan.sequence_length
     wide = size * tokens * architecture.width
@@ -69,22 +69,26 @@ def forward_bytes(
     if plan.mlp_rotation != "none":
         # The product, and in fp32 two factors' results; one is what comes.
         inner = max(inner, wide + 2 * mlp + 2 * FP32 * tokens * architecture.mlp_width)
-    if stage == 0:
+    reads = stage.input if stage else None
+    if reads is Activation.ATTENTION_INPUT:
         made = max(norm, _weighing(architecture, plan, attention, inner, on_gpu=on_gpu))
-    elif stage == 1:
+    elif reads is Activation.ATTENTION_OUTPUT:
         made = max(norm, attention)
-    elif stage == 2:  # x stays for h, which is normalised; or what o makes of c
+    elif reads is Activation.MLP_INPUT:
+        # x stays for h, which is normalised; or what o makes of c.
         made = wide + max(norm, attention, heads + 2 * wide)
-    elif stage == 3:
+    elif reads is Activation.MLP_INNER:
         made = max(norm, inner)
     else:  # h stays for x'
         made = wide + max(norm, inner, mlp + 2 * wide)
     if plan.rounds_activations:
-        widest = architecture.mlp_width if stage >= 3 else architecture.width
-        if stage in (1, 2):
+        inner_mlp = reads in (Activation.MLP_INNER, None)
+        widest = architecture.mlp_width if inner_mlp else architecture.width
+        if reads in (Activation.ATTENTION_OUTPUT, Activation.MLP_INPUT):
             widest = max(widest, architecture.heads * architecture.head_width)
+        held = 0 if reads is Activation.ATTENTION_INPUT else wide
         # In fp32 before and after rounding; K and V have theirs in the attention.
-        rounding = (size + 2 * FP32) * tokens * widest + wide * (stage > 0)
+        rounding = (size + 2 * FP32) * tokens * widest + held
         made = max(made + FP32 * tokens * architecture.kv_heads, rounding)
     return made
 

@@ -3,6 +3,9 @@
 from rsq_stream.algorithm.gptq.loss import FEW_ROWS
 from rsq_stream.algorithm.gptq.solver import DECODED
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.model.architecture import Architecture
+from rsq_stream.model.families.base import Linear
+from rsq_stream.model.tensor_names import block_prefix
 
 FP32 = 4
 _DECODED_WIDTH = 5 * FP32
@@ -35,3 +38,14 @@ def solving_bytes(
     # The codes, the weights that they stand for, and some at a time in between.
     decoding = (1 + size) * whole + _DECODED_WIDTH * min(whole, DECODED)
     return max(copies * tiles + whole, decoding)
+
+
+def packed_bytes(
+    plan: QuantizationPlan, architecture: Architecture, block: int, linear: Linear
+) -> int:
+    """Count a linear's codes and scales as the output has them; about."""
+    outputs, inputs = architecture.shape(linear)
+    scheme = plan.scheme(block_prefix(block) + linear.name, inputs)
+    if scheme is None:
+        return 0
+    return outputs * (inputs * scheme.bits // 8 + FP32 * scheme.groups(inputs))
