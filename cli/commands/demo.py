@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..display.text import duration, remark, say, say_json, table
 from ..options.common import Debug, DemoBits, DemoOutput, DemoSamples, Json, Quiet
-from ..options.quantize_options import Job
+from ..options.quantize_options import QuantizeOptions
 from ..options.resolve import open_checkpoint, pick_workers, prepare, tokenizer_of
 
 METHODS = ("rtn", "gptq", "quarot", "rsq")
@@ -104,7 +104,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
     )
     for bits in all_bits:
         for method in METHODS:
-            job = Job(
+            job = QuantizeOptions(
                 method=method,
                 bits=bits,
                 group_size=_GROUP_SIZES.get(bits, -1),
@@ -115,9 +115,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
                 device="cpu",
             )
             made = prepare(str(MODEL), job, read_calibration=True)
-            summary = quantize(
-                made.checkpoint, made.plan, made.execution, made.options, made.windows
-            )
+            summary = quantize(made)
             perplexity, sample = _tried(summary.output)
             yield Line(
                 method=method,

@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import GRID_NAMES
@@ -15,15 +15,18 @@ from ..display.progress import shown
 from ..display.serving import serving_of, serving_rows
 from ..display.text import exact_size, facts, remark, say, say_json, size
 from ..options.common import Debug, Json, Model, Quiet
-from ..options.quantize_options import Job
-from ..options.resolve import Prepared, prepare
+from ..options.quantize_options import QuantizeOptions
+from ..options.resolve import prepare
 from ..signals import StopRequest
+
+if TYPE_CHECKING:
+    from rsq_stream.pipeline.job import Job
 
 
 def plan(
     model: Model,
     *,
-    job: Job,
+    job: QuantizeOptions,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -49,7 +52,7 @@ def plan(
         warn_about_room(made)
 
 
-def show(made: Prepared, *, as_json: bool) -> None:
+def show(made: "Job", *, as_json: bool) -> None:
     """Write a plan to stdout, as a table or as one JSON object."""
     if as_json:
         say_json(as_object(made))
@@ -58,7 +61,7 @@ def show(made: Prepared, *, as_json: bool) -> None:
         say(facts(found | serving_rows(serving_of(made))))
 
 
-def as_object(made: Prepared) -> dict[str, Any]:
+def as_object(made: "Job") -> dict[str, Any]:
     """Give both halves of the plan as JSON takes them, and what is expected of it."""
     expected = forecast(made)
     seconds = None if expected is None else expected.seconds
@@ -71,7 +74,7 @@ def as_object(made: Prepared) -> dict[str, Any]:
     }
 
 
-def rows(made: Prepared) -> dict[str, str]:
+def rows(made: "Job") -> dict[str, str]:
     """Give the table: what is made, with what, in which room."""
     plan, execution, options = made.plan, made.execution, made.options
     tightest, host_bytes = tightest_on_host(made)
@@ -126,7 +129,7 @@ def rows(made: Prepared) -> dict[str, str]:
     return found
 
 
-def _gpu_memory(made: Prepared) -> dict[str, str]:
+def _gpu_memory(made: "Job") -> dict[str, str]:
     """Say what of the card is needed, and where a block's weights lie."""
     if not made.options.on_gpu:
         return {}
@@ -150,7 +153,7 @@ def _codes(plan: QuantizationPlan, grid: str, group: str) -> dict[str, str]:
     return codes | _own_schemes(plan) | {"group size": group}
 
 
-def _source_on_disk(made: Prepared) -> dict[str, str]:
+def _source_on_disk(made: "Job") -> dict[str, str]:
     """Say what of the source is on disk at a time, where it is not all of it."""
     if not made.options.evict_source:
         return {}
@@ -215,7 +218,7 @@ def _solver(plan: QuantizationPlan) -> str:
     return ", ".join(parts)
 
 
-def warn_about_room(made: Prepared) -> None:
+def warn_about_room(made: "Job") -> None:
     """Warn if this machine's memory or disks will not do."""
     from rsq_stream.checkpoint.hub_shards import bytes_to_fetch
     from rsq_stream.pipeline.disk_space import shortage

@@ -14,19 +14,19 @@ from ..display.progress import shown
 from ..display.serving import serving_of, serving_rows
 from ..display.text import duration, exact_size, facts, remark, say, say_aside, say_json
 from ..options.common import Debug, DryRun, Json, Model, Quiet
-from ..options.quantize_options import Job
-from ..options.resolve import Prepared, prepare
+from ..options.quantize_options import QuantizeOptions
+from ..options.resolve import prepare
 from ..signals import StopRequest
 from .plan import as_object, show, warn_about_room
 
 if TYPE_CHECKING:
-    from rsq_stream.pipeline.job import RunSummary
+    from rsq_stream.pipeline.job import Job, RunSummary
 
 
 def quantize(
     model: Model,
     *,
-    job: Job,
+    job: QuantizeOptions,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -53,22 +53,14 @@ def quantize(
 
     expected = forecast(made)
     with StopRequest() as stop, shown(silent=silent) as listener:
-        summary = run(
-            made.checkpoint,
-            made.plan,
-            made.execution,
-            made.options,
-            made.windows,
-            listener=listener,
-            stop=stop.event,
-        )
+        summary = run(made, listener=listener, stop=stop.event)
     stages = compared(made, expected, summary.stages)
     _report(model, made, summary, stages, as_json=as_json, quiet=quiet)
 
 
 def _report(
     model: str,
-    made: Prepared,
+    made: "Job",
     summary: "RunSummary",
     stages: dict[str, dict[str, Any]],
     *,

@@ -7,39 +7,34 @@ from typing import TYPE_CHECKING, Any
 from rsq_stream.events import Listener
 from rsq_stream.model.tensor_names import block_prefix
 
-from ..options.resolve import Prepared
 from .text import facts
 
 if TYPE_CHECKING:
     from rsq_stream.pipeline.bit_allocation.choose_bits import Choice
+    from rsq_stream.pipeline.job import Job
 
 
 def with_bits(
-    made: Prepared, bpw: float, listener: Listener, stop: threading.Event
-) -> tuple[Prepared, "Choice"]:
+    made: "Job", bpw: float, listener: Listener, stop: threading.Event
+) -> tuple["Job", "Choice"]:
     """Measure, unless that was done, and give the plan with the bits it chose."""
     from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits
     from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
     from rsq_stream.planning.execution_plan import plan_execution
 
-    checkpoint, options = made.checkpoint, made.options
-    architecture = made.architecture
+    checkpoint, architecture, options = made.checkpoint, made.architecture, made.options
     measuring = measuring_plan(made.plan)
     # Libraries and text that came since are in what each plan has to spare.
     used = made.execution.used_bytes
-    assert made.windows is not None
+    execution = plan_execution(
+        checkpoint, architecture, measuring, options, measures=True, used_bytes=used
+    )
     costs = measure(
-        checkpoint,
-        measuring,
-        plan_execution(
-            checkpoint, architecture, measuring, options, measures=True, used_bytes=used
-        ),
-        options,
-        made.windows,
+        dataclasses.replace(made, plan=measuring, execution=execution),
         listener=listener,
         stop=stop,
     )
-    choice = choose_bits(checkpoint, architecture, made.plan, costs, bpw)
+    choice = choose_bits(checkpoint, architecture, made.plan, costs=costs, bpw=bpw)
     execution = plan_execution(
         checkpoint, architecture, choice.plan, options, used_bytes=used
     )
@@ -59,7 +54,7 @@ def as_choice(choice: "Choice") -> dict[str, Any]:
     }
 
 
-def require_free(made: Prepared) -> None:
+def require_free(made: "Job") -> None:
     """Refuse an output folder that the run itself would refuse, before measuring."""
     from rsq_stream.output.folder_checks import require_usable
     from rsq_stream.storage.journal import NAME
@@ -68,7 +63,7 @@ def require_free(made: Prepared) -> None:
     require_usable(made.options.output, resuming=resuming)
 
 
-def explained(made: Prepared, choice: "Choice") -> str:
+def explained(made: "Job", choice: "Choice") -> str:
     """Write the choice: bits by block for each stage, and what it is expected to do."""
     rows: dict[str, list[str]] = {}
     for block in range(made.architecture.blocks):
@@ -91,6 +86,6 @@ def explained(made: Prepared, choice: "Choice") -> str:
     )
 
 
-def _bits(made: Prepared, block: int, linear: str) -> str:
+def _bits(made: "Job", block: int, linear: str) -> str:
     own = made.plan.override(block_prefix(block) + linear)
     return str(made.plan.bits if own is None else own.bits)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options.resolve import Prepared
 from .text import duration, size, table
 
 if TYPE_CHECKING:
     from rsq_stream.config.quantization_plan import QuantizationPlan
+    from rsq_stream.pipeline.job import Job
     from rsq_stream.pipeline.stage_profile import StageTaken
     from rsq_stream.planning.machine_speed import Rates
     from rsq_stream.planning.time_estimate import Prediction
@@ -20,7 +20,7 @@ _FILLED = (("attention out", 2), ("mlp", 2), ("outputs", 3))
 """How many of a stream's three slots hold something; elsewhere one does."""
 
 
-def forecast(made: Prepared) -> "Prediction | None":
+def forecast(made: "Job") -> "Prediction | None":
     """Predict a run's seconds by what this machine does; None for a card not here."""
     import torch
 
@@ -56,7 +56,7 @@ def forecast_rows(found: "Prediction | None") -> dict[str, str]:
 
 
 def compared(
-    made: Prepared, expected: "Prediction | None", taken: Sequence["StageTaken"]
+    made: "Job", expected: "Prediction | None", taken: Sequence["StageTaken"]
 ) -> dict[str, dict[str, Any]]:
     """Put what each stage was expected to take beside what it took."""
     memory = {stage.name: stage for stage in made.execution.stages}
@@ -76,7 +76,7 @@ def compared(
     }
 
 
-def kept_bytes(made: Prepared, stage: str) -> int:
+def kept_bytes(made: "Job", stage: str) -> int:
     """Give what units take that stay in memory while a stage of a block is run.
 
     A block's input always does; after it what attention gave, in whose place h comes;
@@ -92,7 +92,7 @@ def kept_bytes(made: Prepared, stage: str) -> int:
     return resident + _kept_mlp_bytes(made, stage)
 
 
-def _kept_mlp_bytes(made: Prepared, stage: str) -> int:
+def _kept_mlp_bytes(made: "Job", stage: str) -> int:
     execution, plan = made.execution, made.plan
     if not execution.mlp_units or not stage.startswith(_HOLDS_MLP):
         return 0
@@ -103,14 +103,14 @@ def _kept_mlp_bytes(made: Prepared, stage: str) -> int:
     return execution.mlp_bytes * kept // execution.mlp_units
 
 
-def tightest_on_host(made: Prepared) -> tuple[str, int]:
+def tightest_on_host(made: "Job") -> tuple[str, int]:
     """Name the stage that takes most host memory, and give all of the process then."""
     found = _host_bytes(made)
     name = max(found, key=found.__getitem__)
     return name, found[name]
 
 
-def _host_bytes(made: Prepared) -> dict[str, int]:
+def _host_bytes(made: "Job") -> dict[str, int]:
     """Give by stage what the whole process takes of host memory."""
     from rsq_stream.planning.memory.fit import HOST_OVERHEAD_BYTES
 
@@ -122,7 +122,7 @@ def _host_bytes(made: Prepared) -> dict[str, int]:
     }
 
 
-def stage_table(made: Prepared, found: dict[str, dict[str, Any]]) -> str:
+def stage_table(made: "Job", found: dict[str, dict[str, Any]]) -> str:
     """Write it as a table; memory is that of the GPU, where one computes."""
     kind = "device" if made.options.on_gpu else "host"
     rows = [

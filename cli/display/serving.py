@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from ..options.resolve import Prepared
 from .text import exact_size, size
 
 if TYPE_CHECKING:
+    from rsq_stream.pipeline.job import Job
     from rsq_stream.planning.serving import Serving
 
 
-def serving_of(made: Prepared) -> "Serving":
+def serving_of(made: "Job") -> "Serving":
     """Work out what serving the output takes, on the card of ``--vram`` or this one."""
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import typer
 import typer.main
 
-from .quantize_options import Job, takes_job
+from .quantize_options import QuantizeOptions, takes_job
 
 _KINDS = {
     int: "a whole number",
@@ -28,7 +28,7 @@ class JobOption:
 
     name: str
     field: str
-    """Of ``Job``."""
+    """Of ``QuantizeOptions``."""
     kind: type
     """``int``, ``float``, ``bool`` or ``str``; of one value, where there are many."""
     many: bool
@@ -43,7 +43,7 @@ class JobOption:
         return f"{one} or a list of them" if self.many else one
 
     def taken(self, value: object) -> Any:
-        """Give the value as the field of ``Job`` has it.
+        """Give the value as the field of ``QuantizeOptions`` has it.
 
         Raises
         ------
@@ -74,14 +74,14 @@ def as_kind(kind: type, value: object) -> Any:
 
 @functools.cache
 def job_options() -> dict[str, JobOption]:
-    """Give every option of ``quantize`` that is a field of ``Job``, by its name."""
+    """Return every option that is a field of ``QuantizeOptions``, by its name."""
 
-    def command(*, job: Job) -> None:
+    def command(*, job: QuantizeOptions) -> None:
         del job
 
     app = typer.Typer(add_completion=False)
     app.command()(takes_job(command))
-    hints = get_type_hints(Job)
+    hints = get_type_hints(QuantizeOptions)
     found = {}
     for parameter in typer.main.get_command(app).params:
         if parameter.name not in hints:

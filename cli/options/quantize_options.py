@@ -19,7 +19,7 @@ _TEXT = "Calibration"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Codes, Importance, Activations):
+class QuantizeOptions(Codes, Importance, Activations):
     """The options of ``quantize`` and ``plan``; None is a default found later."""
 
     calibration: Annotated[
@@ -121,8 +121,8 @@ class Job(Codes, Importance, Activations):
 
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the fields of ``Job`` as options; it is called with ``job``."""
-    hints = get_type_hints(Job, include_extras=True)
+    """Add the fields of ``QuantizeOptions`` to a command, called with ``job``."""
+    hints = get_type_hints(QuantizeOptions, include_extras=True)
     options = [
         inspect.Parameter(
             field.name,
@@ -130,7 +130,7 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
             default=field.default,
             annotation=hints[field.name],
         )
-        for field in dataclasses.fields(Job)
+        for field in dataclasses.fields(QuantizeOptions)
     ]
     own = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -144,7 +144,7 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
             return source is not None and source.name != "DEFAULT"
 
         chosen = {option.name: given.pop(option.name) for option in options}
-        command(job=Job(**with_preset(chosen, is_given)), **given)
+        command(job=QuantizeOptions(**with_preset(chosen, is_given)), **given)
 
     spread.__name__, spread.__doc__ = command.__name__, command.__doc__
     context = inspect.Parameter(

@@ -6,18 +6,16 @@ block; torch is imported inside the functions, so that ``--help`` stays light.
 
 import dataclasses
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.schemes import INTEGER, LATTICE
 from rsq_stream.errors import UsageError, one_of
 
 from ..display.text import parse_size, remark, size
-from .quantize_options import Job
+from .quantize_options import QuantizeOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from rsq_stream.calibration.windows import Windows
     from rsq_stream.checkpoint.shards import Checkpoint
     from rsq_stream.config.settings import Settings
-    from rsq_stream.model.architecture import Architecture
+    from rsq_stream.pipeline.job import Job
 
 USUAL_BITS = 4
 LEAST_BITS = 2
@@ -35,26 +33,14 @@ _COUNTED = ("first-n", "first-last-n")
 ROTATIONS = ("portable", "full", "none")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Everything that a run is made of."""
-
-    checkpoint: "Checkpoint"
-    plan: QuantizationPlan
-    execution: ExecutionPlan
-    options: RunOptions
-    windows: "Windows | None"
-    architecture: "Architecture"
-
-
 def prepare(
     model: str,
-    job: Job,
+    job: QuantizeOptions,
     *,
     read_calibration: bool,
     checkpoint: "Checkpoint | None" = None,
     imagined: bool = False,
-) -> Prepared:
+) -> "Job":
     """Open the model, check every option, and plan; nothing is written.
 
     Without ``read_calibration`` the plan lacks the hash of the windows, and
@@ -78,6 +64,7 @@ def prepare(
 
     import torch
 
+    from rsq_stream.pipeline.job import Job
     from rsq_stream.planning.execution_plan import plan_execution
     from rsq_stream.planning.quantization_plan import make_plan
     from rsq_stream.planning.validate import inspect_checkpoint
@@ -105,7 +92,7 @@ def prepare(
     if read_calibration and plan.needs_calibration:
         windows = calibration_windows(job, plan, checkpoint)
         plan = make_plan(checkpoint, architecture, settings, windows, place)
-    return Prepared(
+    return Job(
         checkpoint=checkpoint,
         plan=plan,
         execution=execution,
@@ -131,7 +118,7 @@ def on_this_card(options: RunOptions, place: "torch.device") -> RunOptions:
     return dataclasses.replace(options, vram_bytes=most)
 
 
-def settings_of(job: Job) -> "Settings":
+def settings_of(job: QuantizeOptions) -> "Settings":
     """Take from the options what decides the output's bytes.
 
     Raises
@@ -188,7 +175,7 @@ def settings_of(job: Job) -> "Settings":
     return Settings(**given)
 
 
-def run_options(model: str, job: Job, device: str) -> RunOptions:
+def run_options(model: str, job: QuantizeOptions, device: str) -> RunOptions:
     """Take from the options what may change on resume."""
     ram_bytes = None if job.ram is None else parse_size("--ram", job.ram)
     vram_bytes = None if job.vram is None else parse_size("--vram", job.vram)
@@ -218,7 +205,7 @@ def run_options(model: str, job: Job, device: str) -> RunOptions:
 
 
 def calibration_windows(
-    job: Job, plan: QuantizationPlan, checkpoint: "Checkpoint"
+    job: QuantizeOptions, plan: QuantizationPlan, checkpoint: "Checkpoint"
 ) -> "Windows":
     """Read the calibration text and take the plan's windows of it."""
     from rsq_stream.calibration.text import read_text

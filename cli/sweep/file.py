@@ -60,7 +60,7 @@ class Chosen:
     shown: dict[str, Any]
     """As the file has them."""
     fields: dict[str, Any]
-    """As the fields of ``Job``."""
+    """As the fields of ``QuantizeOptions``."""
 
 
 @dataclass(frozen=True, kw_only=True)

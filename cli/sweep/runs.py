@@ -19,7 +19,7 @@ from rsq_stream.errors import RsqError, UsageError
 
 from ..commands.eval import require_text, window_length
 from ..options.presets import with_preset
-from ..options.quantize_options import Job
+from ..options.quantize_options import QuantizeOptions
 from ..options.resolve import (
     calibration_windows,
     open_checkpoint,
@@ -43,7 +43,7 @@ class Row:
     name: str
     options: dict[str, Any]
     """What sets this row apart, as the file has it."""
-    job: Job
+    job: QuantizeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Run:
     name: str
     """Of its row."""
     seed: int
-    job: Job
+    job: QuantizeOptions
     key: str
     """Hash of all that decides the result."""
 
@@ -109,13 +109,13 @@ def _row(sweep: SweepFile, name: str, made: tuple[Chosen, ...]) -> Row:
     for chosen in made:
         fields |= chosen.fields
         options |= chosen.shown
-    usual = {field.name: field.default for field in dataclasses.fields(Job)}
+    usual = {field.name: field.default for field in dataclasses.fields(QuantizeOptions)}
     with refused_by(f"{sweep.path}: {name}"):
-        job = Job(**with_preset(usual | fields, fields.__contains__))
+        job = QuantizeOptions(**with_preset(usual | fields, fields.__contains__))
     return Row(name=name, options=options, job=_beside(sweep.path, job))
 
 
-def _beside(path: Path, job: Job) -> Job:
+def _beside(path: Path, job: QuantizeOptions) -> QuantizeOptions:
     """Have a calibration file be one beside the sweep's file."""
     file = path.parent / job.calibration
     # A named data set stays what it is, also where a file has its name.

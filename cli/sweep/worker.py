@@ -24,7 +24,7 @@ from rsq_stream.storage import atomic
 from ..commands.eval import evaluate_model
 from ..commands.quantize import quantize
 from ..display.text import say_aside
-from ..options.quantize_options import Job
+from ..options.quantize_options import QuantizeOptions
 from ..signals import INTERRUPTED
 from .folder import OUTPUT
 
@@ -93,7 +93,9 @@ def _quantized(
     if not known.is_file():
         # The work folder is kept until this is noted: it has the time of every block,
         # whichever process did it.
-        job = Job(**task["job"], output=output, work_dir=work_dir, keep_work=True)
+        job = QuantizeOptions(
+            **task["job"], output=output, work_dir=work_dir, keep_work=True
+        )
         quantize(task["model"], job=job)
         manifest = json.loads((output / "rsq_stream.json").read_bytes())
         made = {
@@ -121,7 +123,7 @@ def _seconds(work_dir: Path) -> float:
     return total
 
 
-def task_of(job: Job) -> dict[str, Any]:
+def task_of(job: QuantizeOptions) -> dict[str, Any]:
     """Give a job as a task's file has it: without what the run's folder decides."""
     fields = dataclasses.asdict(job)
     for name in ("output", "work_dir", "keep_work", "preset"):

@@ -117,15 +117,23 @@ def bytes_to_fetch(checkpoint: Checkpoint, options: RunOptions) -> int:
     return needs.all_bytes(absent)
 
 
-def mover(
+class AllShardsStay:
+    """In place of a ``Supply``: all shards are here, or stay once they are fetched."""
+
+    def move_to(self, block: int) -> None:
+        """Do nothing: a shard is fetched when it is read."""
+
+
+def supply_for(
     options: RunOptions,
     checkpoint: Checkpoint,
+    *,
     architecture: Architecture,
     identity: SourceIdentity,
     journal: Journal,
     check: Callable[[], None],
-) -> Callable[[int], None]:
-    """Give what a run calls before it reads a block, and once after the last.
+) -> "Supply | AllShardsStay":
+    """Return what a run calls before it reads a block, and once after the last.
 
     Raises
     ------
@@ -133,7 +141,7 @@ def mover(
         With ``evict_source``: the checkpoint is a folder, or its hub tells no hashes.
     """
     if not options.evict_source:
-        return lambda _: None
+        return AllShardsStay()
     files = require_hub(checkpoint)
     for name, sha256 in identity.shards().items():
         if not sha256:  # known only once the whole of it was read
@@ -141,7 +149,7 @@ def mover(
                 f"--evict-source: the hub does not tell the sha256 of {name}, so all"
                 " shards have to stay; leave the option out"
             )
-    return Supply(files, Needs(checkpoint, architecture), journal, check).move_to
+    return Supply(files, Needs(checkpoint, architecture), journal, check)
 
 
 class Supply:

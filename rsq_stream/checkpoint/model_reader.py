@@ -116,7 +116,7 @@ class ModelReader:
             self.config,
             index,
             tensors,
-            rope,
+            rope=rope,
             online=self.online,
             quantizer=self._quantizer,
         )
@@ -156,7 +156,13 @@ class ModelReader:
     def rope(self, tokens: int) -> Rope:
         """Make the rotary embedding for that many tokens."""
         family = self.architecture.family
-        return Rope(family, self.config, tokens, self.compute_type, self.device)
+        return Rope(
+            family,
+            self.config,
+            tokens=tokens,
+            dtype=self.compute_type,
+            device=self.device,
+        )
 
     def normalised(self, x_BTD: Tensor, gain_D: Tensor) -> Tensor:
         """Apply the final norm in fp32."""

@@ -37,6 +37,7 @@ class Source:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        *,
         architecture: Architecture,
         plan: QuantizationPlan,
         device: torch.device,

@@ -35,8 +35,8 @@ class Block:
         config: PretrainedConfig,
         index: int,
         tensors: Mapping[str, Tensor],
-        rope: Rope,
         *,
+        rope: Rope,
         online: OnlineRotations = NO_ROTATIONS,
         quantizer: ActivationQuantizer = AS_COMPUTED,
     ) -> None:

@@ -43,6 +43,7 @@ class Rope:
         self,
         family: Family,
         config: PretrainedConfig,
+        *,
         tokens: int,
         dtype: torch.dtype,
         device: torch.device,

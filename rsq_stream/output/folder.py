@@ -43,6 +43,7 @@ class OutputFolder:
         self,
         path: Path,
         checkpoint: Checkpoint,
+        *,
         architecture: Architecture,
         plan: QuantizationPlan,
         journal: Journal,

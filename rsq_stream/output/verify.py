@@ -159,7 +159,12 @@ def _weight_errors(
 ) -> Iterator[tuple[str, float]]:
     """Decode each linear and give its distance from the (rotated) source."""
     architecture = read_architecture(against.config, against.files.where)
-    source = Source(against, architecture, plan, torch.device("cpu"))
+    source = Source(
+        against,
+        architecture=architecture,
+        plan=plan,
+        device=torch.device("cpu"),
+    )
     for index in range(architecture.blocks):
         tensors = source.block(index)
         for linear in architecture.linears(index):

@@ -6,109 +6,96 @@ the tokens' weights after the first stage, h after the third.
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor
 
 from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
-from rsq_stream.checkpoint.source import Source
-from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.block import Block
-from rsq_stream.model.families.base import Stage
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.output.folder import OutputFolder
+from rsq_stream.pipeline.run import QuantizationRun
 from rsq_stream.pipeline.token_importance import TokenWeights
 from rsq_stream.storage import atomic
-from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.checksum import checksum
-from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.journal import Progress
 
 TOKEN_WEIGHTS = "token-weights.safetensors"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockProgress:
-    """The durable side of a block's stages."""
+def commit_stage(
+    run: QuantizationRun,
+    index: int,
+    stage: int,
+    *,
+    records: list[LinearRecord],
+    token_weights: TokenWeights,
+) -> None:
+    """Make a stage's bytes durable, then journal it."""
+    run.codes.settle()
+    chunks = {}
+    if stage == 0:
+        chunks[TOKEN_WEIGHTS] = {index: write_token_weights(run, token_weights)}
+    if run.job.architecture.stages(index)[stage].writes:
+        for slots in run.calibrated.slots.of_block(index):
+            slots.h.flush(durable=True)
+            chunks[slots.h.folder.name] = slots.h.checksums
+    run.output.sync()
+    run.journal.finish_stage(
+        index,
+        stage,
+        Progress(
+            chunks=chunks,
+            linears={record.name: dataclasses.asdict(record) for record in records},
+            tensors=run.output.new_checksums(),
+            source=run.source.news(),
+        ),
+    )
 
-    plan: QuantizationPlan
-    journal: Journal
-    output: OutputFolder
-    h: list[Slot]
-    """Each stream's h."""
-    source: Source
-    work_dir: Path
-    stages_of: Callable[[int], tuple[Stage, ...]]
-    """The stages of a block, by its number."""
-    settle: Callable[[], None]
-    """Waits for codes that are still on their way to the output."""
 
-    def finish_stage(
-        self,
-        index: int,
-        stage: int,
-        records: list[LinearRecord],
-        token_weights: TokenWeights,
-    ) -> None:
-        """Make a stage's bytes durable, then journal it."""
-        self.settle()
-        chunks = {}
-        if stage == 0:
-            chunks[TOKEN_WEIGHTS] = {index: self.write_token_weights(token_weights)}
-        if self.stages_of(index)[stage].writes:
-            for slot in self.h:
-                slot.flush(durable=True)
-                chunks[slot.folder.name] = slot.checksums
-        self.output.sync()
-        self.journal.finish_stage(
-            index,
-            stage,
-            chunks,
-            {made.name: dataclasses.asdict(made) for made in records},
-            self.output.new_checksums(),
-            self.source.news(),
-        )
+def write_token_weights(run: QuantizationRun, token_weights: TokenWeights) -> int:
+    """Keep the tokens' importance for later stages; return the file's checksum."""
+    content = save({"weight": token_weights.weight_BT.to("cpu")})
+    atomic.write_file(run.job.options.work_dir / TOKEN_WEIGHTS, content)
+    return checksum(content)
 
-    def write_token_weights(self, token_weights: TokenWeights) -> int:
-        """Keep the tokens' importance for later stages; gives the file's checksum."""
-        content = save({"weight": token_weights.weight_BT.to("cpu")})
-        atomic.write_file(self.work_dir / TOKEN_WEIGHTS, content)
-        return checksum(content)
 
-    def replace_solved(self, index: int, block: Block, done: int) -> None:
-        """Give a block the quantized weights of its first ``done`` stages.
+def replace_solved(run: QuantizationRun, index: int, block: Block, done: int) -> None:
+    """Put the quantized weights of its first ``done`` stages into a block.
 
-        Raises
-        ------
-        DamagedError
-            A tensor in the output is not what was written.
-        """
-        for stage in self.stages_of(index)[:done]:
-            for linear in stage.linears:
-                name = block_prefix(index) + linear.name
-                scheme = self.plan.scheme(name, block.weight(linear.name).shape[1])
-                if scheme is not None:
-                    decoded_OI = decode_linear(self.output.read, name, scheme)
-                    block.replace_weight(linear.name, decoded_OI)
+    Raises
+    ------
+    DamagedError
+        A tensor in the output is not what was written.
+    """
+    for stage in run.job.architecture.stages(index)[:done]:
+        for linear in stage.linears:
+            name = block_prefix(index) + linear.name
+            scheme = run.job.plan.scheme(name, block.weight(linear.name).shape[1])
+            if scheme is not None:
+                decoded_OI = decode_linear(run.output.read, name, scheme)
+                block.replace_weight(linear.name, decoded_OI)
 
-    def take_up(self, index: int, block: Block, done: int) -> Tensor | None:
-        """Take up what the first ``done`` stages left in the work folder.
 
-        Raises
-        ------
-        DamagedError
-            The tokens' weights are not what was written.
-        """
-        if done == 0:
-            return None
-        if any(stage.writes for stage in self.stages_of(index)[:done]):
-            for slot in self.h:
-                slot.checksums = self.journal.chunks(slot.folder.name)
-        path = self.work_dir / TOKEN_WEIGHTS
-        content = path.read_bytes() if path.is_file() else b""
-        if self.journal.chunks(TOKEN_WEIGHTS).get(index) != checksum(content):
-            raise DamagedError(f"{path}: is damaged or missing", path.name)
-        return load(content)["weight"].to(block.device)
+def restore(run: QuantizationRun, index: int, block: Block, done: int) -> Tensor | None:
+    """Take up what the first ``done`` stages of a block left in the work folder.
+
+    Returns the tokens' weights, None if no stage is done.
+
+    Raises
+    ------
+    DamagedError
+        The tokens' weights are not what was written.
+    """
+    if done == 0:
+        return None
+    stages = run.job.architecture.stages(index)[:done]
+    if any(stage.writes for stage in stages):
+        for slots in run.calibrated.slots.of_block(index):
+            slots.h.checksums = run.journal.chunks(slots.h.folder.name)
+    path = run.job.options.work_dir / TOKEN_WEIGHTS
+    content = path.read_bytes() if path.is_file() else b""
+    if run.journal.chunks(TOKEN_WEIGHTS).get(index) != checksum(content):
+        raise DamagedError(f"{path}: is damaged or missing", path.name)
+    return load(content)["weight"].to(block.device)

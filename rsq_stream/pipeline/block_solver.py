@@ -5,9 +5,10 @@ stages before it left behind, so o is solved on what quantized q, k, v give, and
 down on what quantized gate and up give: true-sequential, with partial forwards.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,47 +19,42 @@ from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import Solution, decoded, solve
 from rsq_stream.algorithm.grids.integer import Grid
-from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError, NumericalError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.families.base import Group, Linear, Stage
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.stream import Stream
+from rsq_stream.pipeline.linear_schemes import schemes_and_grids, solution_writer
+from rsq_stream.pipeline.run import QuantizationRun
 from rsq_stream.pipeline.stage_statistics import StageStatistics, Statistics
-from rsq_stream.pipeline.token_importance import TokenWeights
 from rsq_stream.runtime.host_memory import give_back_free_memory
-
-Keep = Callable[[str, Solution], None]
-FinishStage = Callable[[int, list[LinearRecord], TokenWeights], None]
 
 
 @dataclass(kw_only=True)
 class BlockSolver:
     """One block on its way from full precision to codes."""
 
+    run: QuantizationRun
     index: int
     streams: list[Stream]
     """The quantized stream; with error propagation the full-precision one too."""
     weights: dict[str, Tensor]
     """fp32 weights by linear, mostly in host memory; each is dropped when solved."""
-    schemes: dict[str, Scheme]
-    """How each linear is quantized; those that are kept are absent."""
-    grids: dict[str, Grid]
-    plan: QuantizationPlan
-    passes: Passes
-    keep: Keep
-    finish_stage: FinishStage
+    quantized: dict[str, tuple[Scheme, Grid]]
+    """How each linear is quantized; those that are not are absent."""
     statistics: StageStatistics
-    stages: tuple[Stage, ...]
-    records: list[LinearRecord] = field(default_factory=list)
+    done: int
+    """The number of stages that are done; their linears hold quantized weights."""
 
-    def run(self, done: int) -> list[LinearRecord]:
-        """Solve all stages but the first ``done``, and write the block's outputs.
+    @property
+    def remaining_stages(self) -> list[tuple[int, Stage]]:
+        """The stages that are not done, with their numbers."""
+        stages = self.run.job.architecture.stages(self.index)
+        return list(enumerate(stages))[self.done :]
 
-        The linears of the stages that are done must hold their quantized weights.
-        Gives the records of the others.
+    def solve_stage(self, stage: Stage) -> list[LinearRecord]:
+        """Solve a stage: importance, Hessian, error propagation, codes, written.
 
         Raises
         ------
@@ -67,70 +63,83 @@ class BlockSolver:
         NumericalError
             NaN or infinity appeared.
         """
-        for number, stage in enumerate(self.stages[done:], start=done):
-            before = len(self.records)
-            try:
-                self._solve_stage(stage)
-            except torch.OutOfMemoryError as error:  # not in its pass, which has fewer
-                raise BudgetError(
-                    f"block {self.index}, {stage.name}: memory ran out while"
-                    " a linear was solved; free some of it, or give a larger --vram:"
-                    " the same command goes on"
-                ) from error
-            made = self.records[before:]
-            self.finish_stage(number, made, self.statistics.token_weights)
-        with self.passes.meter.stage("outputs: pass"):
-            for stream in self.streams:
-                advance = partial(stream.advance, self.passes, self.index)
-                self.passes.with_fewer(advance, f"block {self.index}, outputs")
-        return self.records
+        solved = any(linear.name in self.quantized for linear in stage.linears)
+        first = self.run.job.architecture.stages(self.index)[0]
+        if not solved and stage is not first and not stage.writes:
+            return []  # the other passes leave something for the stages after them
+        try:
+            with self.run.passes.meter.stage(f"{stage.name}: pass"):
+                statistics = self.statistics.gather(stage)
+            # What the pass took is free, and not of the sizes that the solver takes.
+            give_back_free_memory()
+            self.run.passes.check()
+            return [
+                record
+                for group in stage.groups
+                for record in self._solve_group(stage, group, statistics[group])
+            ]
+        except torch.OutOfMemoryError as error:  # not in its pass, which has fewer
+            raise BudgetError(
+                f"block {self.index}, {stage.name}: memory ran out while"
+                " a linear was solved; free some of it, or give a larger --vram:"
+                " the same command goes on"
+            ) from error
 
-    def _solve_stage(self, stage: Stage) -> None:
-        solved = any(linear.name in self.schemes for linear in stage.linears)
-        if not solved and stage is not self.stages[0] and not stage.writes:
-            return  # the other passes leave something for the stages after them
-        with self.passes.meter.stage(f"{stage.name}: pass"):
-            statistics = self.statistics.gather(stage)
-        # What the pass took is free, and not of the sizes that the solver takes.
-        give_back_free_memory()
-        self.passes.check()
-        for group in stage.groups:
-            self._solve_group(stage, group, statistics[group])
-
-    def _solve_group(self, stage: Stage, group: Group, statistics: Statistics) -> None:
-        hessian, drift = statistics
-        linears = [linear for linear in group.linears if linear.name in self.schemes]
-        meter = self.passes.meter
+    def _solve_group(
+        self, stage: Stage, group: Group, statistics: Statistics
+    ) -> Iterator[LinearRecord]:
+        meter, write = self.run.passes.meter, self.run.codes.write
         with meter.stage(f"{stage.name}: factorise"):
-            order_I = None
-            if self.plan.act_order and linears:
-                # One for the group: the plan allows no group sizes of linears' own.
-                group_size = self.schemes[linears[0].name].group_size
-                order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
-                reorder(hessian, order_I)
-                if drift is not None:
-                    drift.reorder(order_I)
-            damping = self.plan.damping_for(hessian.matrix_II.shape[0])
-            columns, pool = self.plan.tile_columns, self.passes.pool
-            try:
-                factor = factorise(hessian, damping, columns, pool)
-            except NumericalError as error:
-                where = f"block {self.index}, {stage.name}"
-                raise NumericalError(f"{where}: {error}") from error
-        for linear in linears:
+            equations = self._factorised(stage, group, statistics)
+        write_solution = solution_writer(self.run, self.index, write)
+        for linear in group.linears:
+            if linear.name not in self.quantized:
+                continue
             with meter.stage(f"{stage.name}: solve {linear.role}"):
-                self._solve_linear(linear, factor, drift, order_I)
+                solution = self._solve_linear(linear, equations)
+                write_solution(linear.name, solution)
+            factor = equations.factor
+            made = record(
+                self.index,
+                linear.name,
+                self.quantized[linear.name][0],
+                solution,
+                damping=factor.damping,
+                attempts=factor.attempts,
+                dead_inputs=factor.dead_inputs,
+            )
+            del solution  # its codes would stay while the next linear is solved
+            yield made
 
-    def _solve_linear(
-        self,
-        linear: Linear,
-        factor: Factor,
-        drift: Drift | None,
-        order_I: Tensor | None,
-    ) -> None:
-        name = linear.name
-        weight_OI = self.weights.pop(name)
-        share = self.plan.propagate_share(block_prefix(self.index) + name)
+    def _factorised(
+        self, stage: Stage, group: Group, statistics: Statistics
+    ) -> "_Equations":
+        """Order and factorise a group's Hessian."""
+        plan, pool = self.run.job.plan, self.run.passes.pool
+        hessian, drift = statistics
+        linears = [linear for linear in group.linears if linear.name in self.quantized]
+        order_I = None
+        if plan.act_order and linears:
+            # One for the group: the plan allows no group sizes of linears' own.
+            group_size = self.quantized[linears[0].name][0].group_size
+            order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
+            reorder(hessian, order_I)
+            if drift is not None:
+                drift.reorder(order_I)
+        try:
+            damping = plan.damping_for(hessian.matrix_II.shape[0])
+            factor = factorise(hessian, damping, plan.tile_columns, pool)
+        except NumericalError as error:
+            where = f"block {self.index}, {stage.name}"
+            raise NumericalError(f"{where}: {error}") from error
+        return _Equations(factor, drift, order_I)
+
+    def _solve_linear(self, linear: Linear, equations: "_Equations") -> Solution:
+        """Solve a linear, and put its decoded weights into the quantized stream."""
+        plan, (scheme, grid) = self.run.job.plan, self.quantized[linear.name]
+        factor, drift, order_I = equations
+        weight_OI = self.weights.pop(linear.name)
+        share = plan.propagate_share(block_prefix(self.index) + linear.name)
 
         def target(weight_RI: Tensor, rows: slice) -> Tensor:
             target_RI = weight_RI if order_I is None else weight_RI[:, order_I]
@@ -142,61 +151,68 @@ class BlockSolver:
             solution = solve(
                 weight_OI,
                 factor,
-                self.grids[name],
-                self.schemes[name].group_size,
-                dynamic_scales=self.plan.group_scales == "dynamic",
-                tile_rows=self.plan.tile_rows_of(weight_OI.shape[1]),
-                pool=self.passes.pool,
-                sweeps=self.plan.sweeps,
-                refit=self.plan.refit,
+                grid,
+                scheme.group_size,
+                dynamic_scales=plan.group_scales == "dynamic",
+                tile_rows=plan.tile_rows_of(weight_OI.shape[1]),
+                pool=self.run.passes.pool,
+                sweeps=plan.sweeps,
+                refit=plan.refit,
                 target=target,
             )
         except NumericalError as error:
-            where = f"block {self.index}, {name}"
+            where = f"block {self.index}, {linear.name}"
             raise NumericalError(f"{where}: {error}") from error
         del weight_OI  # what is decoded takes its place
         if order_I is not None:
             solution = put_back(solution, order_I)
         block = self.streams[0].block
-        kind = block.weight(name).dtype
-        block.replace_weight(name, decoded(solution, self.grids[name], kind))
-        self.keep(name, solution)
-        self.records.append(
-            record(
-                self.index,
-                name,
-                self.schemes[name],
-                solution,
-                damping=factor.damping,
-                attempts=factor.attempts,
-                dead_inputs=factor.dead_inputs,
-            )
-        )
+        kind = block.weight(linear.name).dtype
+        block.replace_weight(linear.name, decoded(solution, grid, kind))
+        return solution
+
+    def write_outputs(self) -> None:
+        """Write the block's outputs, the next block's input, of all streams."""
+        with self.run.passes.meter.stage("outputs: pass"):
+            for stream in self.streams:
+                advance = partial(stream.advance, self.run.passes, self.index)
+                where = f"block {self.index}, outputs"
+                self.run.passes.with_fewer(advance, where)
+
+
+class _Equations(NamedTuple):
+    """What the linears of a group are solved with."""
+
+    factor: Factor
+    drift: Drift | None
+    order_I: Tensor | None
+    """The order of the factor's columns, where it is not the model's."""
 
 
 def round_block(
-    index: int,
-    weights: dict[str, Tensor],
-    schemes: dict[str, Scheme],
-    grids: dict[str, Grid],
-    tile_rows_of: Callable[[int], int],
-    device: torch.device,
-    passes: Passes,
-    keep: Keep,
+    run: QuantizationRun, index: int, tensors: dict[str, Tensor]
 ) -> list[LinearRecord]:
     """Quantize a block by rounding alone: no activations, no Hessian.
 
     Linears come to the device one by one, where they are not there already.
     """
+    quantized = schemes_and_grids(run, index, tensors)
+    place = "cpu" if run.job.execution.streams_weights else run.device
+    weights = {name: tensors.pop(f"{name}.weight").to(place) for name in quantized}
+    tensors.clear()
+    write_solution = solution_writer(run, index, run.output.write)
     records = []
-    for linear, scheme in schemes.items():
-        passes.check()
-        weight_OI = weights.pop(linear).to(device)
-        rows = tile_rows_of(weight_OI.shape[1])
+    for linear, (scheme, grid) in quantized.items():
+        run.passes.check()
+        weight_OI = weights.pop(linear).to(run.device)
         solution = round_to_nearest(
-            weight_OI, grids[linear], scheme.group_size, rows, passes.pool
+            weight_OI,
+            grid,
+            scheme.group_size,
+            tile_rows=run.job.plan.tile_rows_of(weight_OI.shape[1]),
+            pool=run.passes.pool,
         )
-        keep(linear, solution)
+        write_solution(linear, solution)
         records.append(record(index, linear, scheme, solution))
     return records
 

@@ -55,8 +55,8 @@ class Outer:
                 weight_RD.float(),
                 make_grid(self.plan, scheme.bits, weight_RD.dtype),
                 scheme.group_size,
-                self.plan.tile_rows_of(shape[1]),
-                self.pool,
+                tile_rows=self.plan.tile_rows_of(shape[1]),
+                pool=self.pool,
             )
             codes = encode_linear(HEAD_LINEAR, solution, scheme, weight_RD.dtype)
             del codes[_SHAPE]  # that of the chunk

@@ -10,13 +10,16 @@ from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.algorithm.grids.integer import Grid
 from rsq_stream.algorithm.grids.nf import NormalFloat
 from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
-from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import INTEGER, LATTICE, NORMAL_FLOAT, Scheme
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.pipeline.block_solver import Keep
+from rsq_stream.pipeline.run import QuantizationRun, Run
 
 _GRIDS = {INTEGER: Grid, NORMAL_FLOAT: NormalFloat, LATTICE: LatticeGrid}
+
+
+WriteSolution = Callable[[str, Solution], None]
+"""Writes the codes of a block's linear, by its name in the block."""
 
 
 def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> Grid:
@@ -31,33 +34,29 @@ def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> G
     )
 
 
-def keeper(
-    index: int,
-    plan: QuantizationPlan,
-    source: Source,
-    write: Callable[[dict[str, Tensor]], None],
-) -> Keep:
-    """Give what writes a block's solutions to the output, packed."""
-    types = source.linear_types(index)
+def solution_writer(
+    run: QuantizationRun, index: int, write: Callable[[dict[str, Tensor]], None]
+) -> WriteSolution:
+    """Return a function that packs a solution of a block's linear, and writes it."""
+    types = run.source.linear_types(index)
 
-    def keep(linear: str, solution: Solution) -> None:
+    def write_solution(linear: str, solution: Solution) -> None:
         name = block_prefix(index) + linear
-        scheme = plan.scheme(name, solution.code_OI.shape[1])
+        scheme = run.job.plan.scheme(name, solution.code_OI.shape[1])
         assert scheme is not None
         write(encode_linear(name, solution, scheme, types[linear]))
 
-    return keep
+    return write_solution
 
 
 def schemes_and_grids(
-    index: int, plan: QuantizationPlan, source: Source, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Scheme], dict[str, Grid]]:
-    """Give scheme and grid of each linear of a block that is quantized, in order."""
-    schemes, grids = {}, {}
-    for linear, dtype in source.linear_types(index).items():
+    run: Run, index: int, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Scheme, Grid]]:
+    """Return scheme and grid of each linear of a block that is quantized, in order."""
+    quantized = {}
+    for linear, dtype in run.source.linear_types(index).items():
         inputs = tensors[f"{linear}.weight"].shape[1]
-        scheme = plan.scheme(block_prefix(index) + linear, inputs)
+        scheme = run.job.plan.scheme(block_prefix(index) + linear, inputs)
         if scheme is not None:
-            schemes[linear] = scheme
-            grids[linear] = make_grid(plan, scheme.bits, dtype)
-    return schemes, grids
+            quantized[linear] = scheme, make_grid(run.job.plan, scheme.bits, dtype)
+    return quantized

@@ -17,8 +17,8 @@ from rsq_stream.events import Notice
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Group, Linear
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.linear_schemes import make_grid
+from rsq_stream.pipeline.run import Run
 
 LEAST_INPUTS = 2048
 """Smaller linears are not worth it: their memory is not what a run fails for."""
@@ -59,12 +59,7 @@ def worth_trying(architecture: Architecture, plan: QuantizationPlan) -> bool:
     )
 
 
-def try_largest(
-    architecture: Architecture,
-    plan: QuantizationPlan,
-    device: torch.device,
-    passes: Passes,
-) -> None:
+def try_largest(run: Run) -> None:
     """Accumulate, factorise and solve as a run will, but a tile of rows a worker.
 
     Raises
@@ -72,16 +67,16 @@ def try_largest(
     BudgetError
         Memory ran out.
     """
-    largest = largest_linear(architecture, plan)
+    architecture = run.job.architecture
+    largest = largest_linear(architecture, run.job.plan)
     if largest is None:
         return
     group, linear, scheme = largest
     shape = architecture.shape(linear)
     what = f"{linear.role}, {shape[1]} inputs"
-    passes.listener(Notice(text=f"trying the largest linear first: {what}"))
-    alone = group.alone is not None
+    run.passes.listener(Notice(text=f"trying the largest linear first: {what}"))
     try:
-        _solve_once(shape, scheme, plan, device, passes, alone=alone)
+        _solve_once(run, shape, scheme, alone=group.alone is not None)
     except (MemoryError, RuntimeError) as error:
         if not _ran_out(error):
             raise
@@ -92,15 +87,10 @@ def try_largest(
 
 
 def _solve_once(
-    shape: tuple[int, int],
-    scheme: Scheme,
-    plan: QuantizationPlan,
-    device: torch.device,
-    passes: Passes,
-    *,
-    alone: bool,
+    run: Run, shape: tuple[int, int], scheme: Scheme, *, alone: bool
 ) -> None:
-    (outputs, inputs), pool = shape, passes.pool
+    plan, device, pool = run.job.plan, run.device, run.passes.pool
+    outputs, inputs = shape
     random = torch.Generator().manual_seed(0)
     compute = getattr(torch, plan.compute_type)
     x_TI = torch.randn(_TOKENS, inputs, generator=random).to(device, compute)

@@ -22,6 +22,7 @@ from rsq_stream.model.families.base import Group, Stage
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.pipeline.activations.stream import Stream
+from rsq_stream.pipeline.run import Run
 from rsq_stream.pipeline.token_importance import TokenImportance, TokenWeights
 
 
@@ -37,35 +38,46 @@ class Statistics(NamedTuple):
 class StageStatistics:
     """The statistics of one block's stages, from the streams as they are."""
 
+    run: Run
     index: int
     streams: list[Stream]
     """The quantized stream; with error propagation the full-precision one too."""
-    plan: QuantizationPlan
-    passes: Passes
     importance: TokenImportance
-    stages: tuple[Stage, ...]
-    """The stages of the block; the first weighs the tokens."""
     known_BT: InitVar[Tensor | None] = None
     """Token weights of a first stage that is done already."""
     token_weights: TokenWeights = field(init=False)
     """Filled by the first stage."""
 
     def __post_init__(self, known_BT: Tensor | None) -> None:
+        plan = self._plan
         if known_BT is None:
-            size = self.plan.sequences, self.plan.sequence_length
+            size = plan.sequences, plan.sequence_length
             device = self.streams[0].block.device
-            kept = torch.float32 if self.plan.importance_exact else torch.bfloat16
+            kept = torch.float32 if plan.importance_exact else torch.bfloat16
             known_BT = torch.zeros(size, dtype=kept, device=device)
-        self.token_weights = TokenWeights(known_BT, self.plan.unit_sequences)
+        self.token_weights = TokenWeights(known_BT, plan.unit_sequences)
+
+    @property
+    def _plan(self) -> QuantizationPlan:
+        return self.run.job.plan
+
+    @property
+    def _passes(self) -> Passes:
+        return self.run.passes
+
+    @property
+    def _first(self) -> Stage:
+        """The stage whose pass weighs the tokens."""
+        return self.run.job.architecture.stages(self.index)[0]
 
     def weigh(self) -> TokenWeights:
         """Give the tokens' weights alone; q and k must be those of the source."""
 
         def one(unit: int, x_BTD: Tensor) -> None:
-            first = self.stages[0]
-            self._weigh(unit, x_BTD, self.streams[0].stage_input(first, unit, x_BTD))
+            made = self.streams[0].stage_input(self._first, unit, x_BTD)
+            self._weigh(unit, x_BTD, made)
 
-        self.streams[0].each(self.passes, self.index, "token weights", one)
+        self.streams[0].each(self._passes, self.index, "token weights", one)
         return self.token_weights
 
     def gather(self, stage: Stage) -> Mapping[Group, Statistics]:
@@ -83,11 +95,11 @@ class StageStatistics:
                     stream.slots.h.renew()
             return self.accumulate(stage)
 
-        return self.passes.with_fewer(once, f"block {self.index}, {stage.name}")
+        return self._passes.with_fewer(once, f"block {self.index}, {stage.name}")
 
     def accumulate(self, stage: Stage) -> Mapping[Group, Statistics]:
         """Make one pass over the calibration set, and return a stage's statistics."""
-        plan, device = self.plan, self.streams[0].block.device
+        plan, device = self._plan, self.streams[0].block.device
         (group,) = stage.groups
         first = group.linears[0].name
         outputs, columns = self.streams[0].block.weight(first).shape
@@ -113,7 +125,7 @@ class StageStatistics:
                 stream.stage_input(stage, unit, x_BTD.to(device))
                 for stream, x_BTD in zip(self.streams, read, strict=True)
             ]
-            if stage is self.stages[0]:
+            if stage is self._first:
                 self._weigh(unit, read[0], made[0])
             sequence = unit * plan.unit_sequences
             for stream in made:
@@ -126,22 +138,22 @@ class StageStatistics:
             return u_TI, drift_error(made[0], made[1], weight(unit), alone)
 
         slots = [stream.slot(stage) for stream in self.streams]
-        for run in self.passes.over(slots, self.index, stage.name, one):
+        for run in self._passes.over(slots, self.index, stage.name, one):
             # No names: they would keep a run in memory while the next one is made.
             hessian.add(
-                [(u_TI, weight(unit)) for unit, (u_TI, _) in run], self.passes.pool
+                [(u_TI, weight(unit)) for unit, (u_TI, _) in run], self._passes.pool
             )
             if drift is not None:
                 drift.add(
                     [(error, u_TI) for _, (u_TI, error) in run if error is not None],
-                    self.passes.pool,
+                    self._passes.pool,
                 )
         watch.require()
         return {group: Statistics(hessian, drift)}
 
     def _stage_weight(self, linear: str) -> Callable[[int], Tensor]:
         """Give what weighs a unit's tokens: all alike, if the linear is left out."""
-        if self.plan.weighs(linear):
+        if self._plan.weighs(linear):
             return self.token_weights.of_unit
         return lambda unit: torch.ones_like(self.token_weights.of_unit(unit))
 

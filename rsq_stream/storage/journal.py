@@ -12,7 +12,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,20 @@ class SourceRecord:
     """Stamp, and sha256 or an empty string, by file."""
     tensors: Mapping[str, str]
     """sha256 by tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a stage or a block wrote, durably, before it is committed."""
+
+    chunks: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Checksums by slot and unit."""
+    linears: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What was done to each linear, by its full name."""
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    """Checksums of the output's tensors."""
+    source: SourceRecord | None = None
+    """What was learnt of the source's content."""
 
 
 class Journal:
@@ -97,11 +111,9 @@ class Journal:
     def finish_block(
         self,
         block: int,
+        progress: Progress,
+        *,
         seconds: float,
-        chunks: Mapping[str, Mapping[int, int]],
-        linears: Mapping[str, Mapping[str, Any]],
-        tensors: Mapping[str, int],
-        source: SourceRecord | None = None,
         timings: Iterable[tuple[str, float, int, int]] = (),
     ) -> None:
         """Commit a block, with the chunks of each slot that now holds its outputs.
@@ -110,48 +122,33 @@ class Journal:
         each stage took: seconds, peak bytes of the host, and of the GPU.
         """
         with self._transaction() as database:
-            self._put(block, chunks, linears, tensors, source)
+            self._put(block, progress)
             database.execute("DELETE FROM stages")
             database.execute(
                 "INSERT OR REPLACE INTO blocks VALUES (?, ?)", (block, seconds)
             )
             database.executemany(
                 "INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?, ?)",
-                [(block, *made) for made in timings],
+                [(block, *timing) for timing in timings],
             )
 
-    def finish_stage(
-        self,
-        block: int,
-        stage: int,
-        chunks: Mapping[str, Mapping[int, int]],
-        linears: Mapping[str, Mapping[str, Any]],
-        tensors: Mapping[str, int],
-        source: SourceRecord | None = None,
-    ) -> None:
+    def finish_stage(self, block: int, stage: int, progress: Progress) -> None:
         """Commit a stage of a block, with the chunks of every slot it wrote.
 
         The caller has fsynced the chunks and the tensors before.
         """
         with self._transaction() as database:
-            self._put(block, chunks, linears, tensors, source)
+            self._put(block, progress)
             database.execute(
                 "INSERT OR REPLACE INTO stages VALUES (?, ?)", (block, stage)
             )
 
-    def _put(
-        self,
-        block: int,
-        chunks: Mapping[str, Mapping[int, int]],
-        linears: Mapping[str, Mapping[str, Any]],
-        tensors: Mapping[str, int],
-        source: SourceRecord | None,
-    ) -> None:
+    def _put(self, block: int, progress: Progress) -> None:
         """Write what stages and blocks have in common, within a transaction."""
         database = self._database
-        if source:
-            self._put_source(source)
-        for slot, sums in chunks.items():
+        if progress.source:
+            self._put_source(progress.source)
+        for slot, sums in progress.chunks.items():
             database.execute("DELETE FROM chunks WHERE slot = ?", (slot,))
             database.executemany(
                 "INSERT INTO chunks VALUES (?, ?, ?)",
@@ -159,10 +156,10 @@ class Journal:
             )
         database.executemany(
             "INSERT OR REPLACE INTO linears VALUES (?, ?, ?)",
-            [(block, name, json.dumps(made)) for name, made in linears.items()],
+            [(block, name, json.dumps(row)) for name, row in progress.linears.items()],
         )
         database.executemany(
-            "INSERT OR REPLACE INTO tensors VALUES (?, ?)", tensors.items()
+            "INSERT OR REPLACE INTO tensors VALUES (?, ?)", progress.tensors.items()
         )
 
     def stages(self, block: int) -> int:

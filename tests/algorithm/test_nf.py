@@ -64,9 +64,11 @@ def test_the_values_are_quantiles(bits: int) -> None:
 def test_a_gaussian_loses_what_the_reference_measured(bits: int, lost: float) -> None:
     weight_OI = random(48, 4096)
     upright = grid_of(bits, signed=False)
-    made = round_to_nearest(weight_OI, upright, -1, 64, Pool(1))
+    made = round_to_nearest(weight_OI, upright, -1, tile_rows=64, pool=Pool(1))
     assert made.relative_error == pytest.approx(lost, rel=0.02)
-    mirrored = round_to_nearest(weight_OI, grid_of(bits), -1, 64, Pool(1))
+    mirrored = round_to_nearest(
+        weight_OI, grid_of(bits), -1, tile_rows=64, pool=Pool(1)
+    )
     assert mirrored.relative_error <= made.relative_error
 
 

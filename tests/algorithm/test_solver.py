@@ -244,7 +244,7 @@ def test_workers_do_not_change_a_bit(group_size, workers):
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_rounding_alone(group_size):
     weight_OI, grid = random(137, 160), make_grid(3)
-    found = round_to_nearest(weight_OI, grid, group_size, 50, Pool(1))
+    found = round_to_nearest(weight_OI, grid, group_size, tile_rows=50, pool=Pool(1))
     expected = textbook_solver.rtn(weight_OI, 3, group_size, storage=STORAGE)
     assert torch.equal(found.code_OI, expected.codes_OI.to(torch.uint8))
     assert torch.equal(found.scale_OG.double(), expected.scale_OG)

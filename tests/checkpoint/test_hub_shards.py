@@ -29,6 +29,7 @@ from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.cli_runs import Run
 from tests.support.toy import (
     contents,
+    job_of,
     open_toy,
     options_for,
     plan_toy,
@@ -157,9 +158,10 @@ def run_hub(
     checkpoint, plan, options, windows = planned(hub, output, evict_source=evict_source)
     made = plan_execution(checkpoint, inspect_checkpoint(checkpoint), plan, options)
     made = dataclasses.replace(made, in_flight=1)
-    return quantize(
-        checkpoint, plan, made, options, windows, listener=listener, stop=stop
+    job = job_of(
+        checkpoint, plan=plan, execution=made, options=options, windows=windows
     )
+    return quantize(job, listener=listener, stop=stop)
 
 
 def test_shards_come_once_ahead_of_need_and_go(

@@ -92,11 +92,11 @@ def rotated(
 def blocks(toy: Toy, rotation: ModelRotation | None = None) -> Iterator[Block]:
     family, device = toy.architecture.family, toy.window_BT.device
     config = layer_config(family, toy.model.config.to_dict())
-    rope = Rope(family, config, TOKENS, torch.float32, device)
+    rope = Rope(family, config, tokens=TOKENS, dtype=torch.float32, device=device)
     for index in range(2):
         tensors = block_tensors(toy, index)
         tensors = rotated(toy, tensors, rotation) if rotation else tensors
-        yield Block(family, config, index, tensors, rope)
+        yield Block(family, config, index, tensors, rope=rope)
 
 
 def logits(toy: Toy, rotation: ModelRotation | None = None) -> Tensor:

@@ -44,6 +44,7 @@ from tests.support.toy import (
     contents,
     decoded_state,
     execution_for,
+    job_of,
     open_toy,
     options_for,
     plan_toy,
@@ -184,13 +185,15 @@ def test_both_streams_of_a_block_agree(tmp_path: Path, family: str) -> None:
     architecture = inspect_checkpoint(checkpoint)
     cpu, x_BTD = torch.device("cpu"), random(2, 24, 96)
     config = layer_config(architecture.family, checkpoint.config)
-    rope = Rope(architecture.family, config, 24, torch.float32, cpu)
+    rope = Rope(architecture.family, config, tokens=24, dtype=torch.float32, device=cpu)
     found = []
     for kind in ("portable", "full"):
         plan, _ = plan_toy(source, rotation=kind)
-        tensors = Source(checkpoint, architecture, plan, cpu).block(1)
+        tensors = Source(
+            checkpoint, architecture=architecture, plan=plan, device=cpu
+        ).block(1)
         online = planned_rotations(plan, architecture)
-        block = Block(architecture.family, config, 1, tensors, rope, online=online)
+        block = Block(architecture.family, config, 1, tensors, rope=rope, online=online)
         a_BTD = block.attention_input(x_BTD)
         c_BTI = block.attention_output(a_BTD)
         h_BTD = block.after_attention(x_BTD, c_BTI)
@@ -401,7 +404,8 @@ def test_what_bits_cost_is_measured_on_rotated_inputs(
         assert windows is not None
         plan, options = measuring_plan(plan), options_for(tmp_path / kind)
         execution = execution_for(toy, plan, options)
-        found.append(measure(open_toy(toy), plan, execution, options, windows))
+        parts = {"plan": plan, "execution": execution, "options": options}
+        found.append(measure(job_of(open_toy(toy), **parts, windows=windows)))
     for name, portable in found[0].items():
         near = all(
             found[1][name][bits] == pytest.approx(cost, rel=0.01)
@@ -416,7 +420,10 @@ def test_the_rotation_is_in_the_plan_and_in_the_bytes(made: Path, toy: Path) -> 
     assert plan["mlp_rotation"] == "orthogonal-172"
     portable, full = (
         Source(
-            open_toy(toy), inspect_checkpoint(open_toy(toy)), plan, torch.device("cpu")
+            open_toy(toy),
+            architecture=inspect_checkpoint(open_toy(toy)),
+            plan=plan,
+            device=torch.device("cpu"),
         )
         for plan in (plan_toy(toy)[0], plan_toy(toy, **FULL)[0])
     )

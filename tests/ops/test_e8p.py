@@ -119,7 +119,7 @@ def test_a_gaussian_loses_what_the_reference_measured() -> None:
         lost = float(error_OI.square().sum() / weight_OI.square().sum())
         assert lost == pytest.approx(expected, rel=0.015)
     found = round_to_nearest(
-        weight_OI, grid_of(LatticeGrid, torch.float32), -1, 64, Pool(1)
+        weight_OI, grid_of(LatticeGrid, torch.float32), -1, tile_rows=64, pool=Pool(1)
     )
     assert found.relative_error < 0.0915
 
@@ -129,7 +129,7 @@ def test_rows_of_zeros_and_of_one_value_lose_little() -> None:
     weight_OI[1], weight_OI[2, 5] = 0.01, 40.0
     for storage in (torch.float32, torch.bfloat16, torch.float16):
         grid = grid_of(LatticeGrid, storage)
-        made = round_to_nearest(weight_OI, grid, -1, 2, Pool(1))
+        made = round_to_nearest(weight_OI, grid, -1, tile_rows=2, pool=Pool(1))
         back_OI = grid.decode(made.code_OI, made.scale_OG, made.zero_OG)
         assert bool(back_OI.isfinite().all())
         assert float(back_OI[0].abs().max()) < 1e-4

@@ -128,7 +128,9 @@ def solution(
     weight_OI = torch.randn(shape, generator=generator) + 0.3
     signed = scheme.symmetric
     grid = Grid(scheme.bits, scheme.symmetric, signed, 2.0, 4, storage)
-    return round_to_nearest(weight_OI, grid, scheme.group_size, 50, Pool(1)), grid
+    return round_to_nearest(
+        weight_OI, grid, scheme.group_size, tile_rows=50, pool=Pool(1)
+    ), grid
 
 
 @each_storage

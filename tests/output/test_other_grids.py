@@ -192,7 +192,7 @@ def test_damaged_codes_are_solved_again(
 def test_nf_comes_back_from_disk(scheme: Scheme, storage: torch.dtype) -> None:
     weight_OI = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     grid = NormalFloat(scheme.bits, True, True, 2.0, 20, storage)
-    found = round_to_nearest(weight_OI, grid, 32, 4, Pool(1))
+    found = round_to_nearest(weight_OI, grid, 32, tile_rows=4, pool=Pool(1))
     stored = encode_linear("x", found, scheme, storage)
     back_OI = decode_linear(stored.__getitem__, "x", scheme)
     assert torch.equal(back_OI, decoded(found, grid))
@@ -206,7 +206,7 @@ def test_e8p_comes_back_from_disk() -> None:
     scheme = Scheme(2, -1, True, "e8p")
     weight_OI = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     grid = LatticeGrid(2, True, False, 2.0, 80, torch.bfloat16)
-    found = round_to_nearest(weight_OI, grid, -1, 4, Pool(1))
+    found = round_to_nearest(weight_OI, grid, -1, tile_rows=4, pool=Pool(1))
     stored = encode_linear("x", found, scheme, torch.bfloat16)
     back_OI = decode_linear(stored.__getitem__, "x", scheme)
     assert torch.equal(back_OI, decoded(found, grid))

@@ -28,6 +28,7 @@ from rsq_stream.planning.quantization_plan import make_plan
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import textbook_rotations
+from tests.support.toy import job_of
 
 SAMPLES, LENGTH = 24, 256
 SIZES = {"samples": SAMPLES, "sequence_length": LENGTH}
@@ -89,7 +90,8 @@ def perplexities(
     plan = make_plan(checkpoint, architecture, settings, windows, torch.device("cpu"))
     options = RunOptions(output=tmp_path / "out", work_dir=tmp_path / "work")
     execution = plan_execution(checkpoint, architecture, plan, options)
-    quantize(checkpoint, plan, execution, options, windows)
+    parts = {"plan": plan, "execution": execution, "options": options}
+    quantize(job_of(checkpoint, **parts, windows=windows))
     ours = evaluate(Checkpoint(open_files(str(tmp_path / "out"))), judged_BT)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)

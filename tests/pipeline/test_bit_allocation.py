@@ -36,6 +36,7 @@ from tests.support.toy import (
     STAGES,
     Recorder,
     execution_for,
+    job_of,
     linear_names,
     open_toy,
     options_for,
@@ -69,9 +70,9 @@ def measured(toy: Path, output: Path, **changes: Any) -> Costs:
     assert windows is not None
     plan = measuring_plan(plan)
     made = execution_for(toy, plan, options, **execution)
-    return measure(
-        open_toy(toy), plan, made, options, windows, listener=recorder, stop=stop
-    )
+    parts = {"plan": plan, "execution": made, "options": options}
+    job = job_of(open_toy(toy), **parts, windows=windows)
+    return measure(job, listener=recorder, stop=stop)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,9 @@ def costs(toy: Path) -> Costs:
 def chosen(toy: Path, costs: Costs, bpw: float, **settings: Any) -> Choice:
     checkpoint = open_toy(toy)
     plan, _ = plan_toy(toy, **SETTINGS | settings)
-    return choose_bits(checkpoint, inspect_checkpoint(checkpoint), plan, costs, bpw)
+    return choose_bits(
+        checkpoint, inspect_checkpoint(checkpoint), plan, costs=costs, bpw=bpw
+    )
 
 
 def test_all_linears_have_costs_that_fall(costs: Costs) -> None:
@@ -113,18 +116,26 @@ def test_a_cost_is_what_the_block_loses(toy: Path, costs: Costs) -> None:
     made = measuring_plan(plan)
     checkpoint = open_toy(toy)
     architecture = inspect_checkpoint(checkpoint)
-    source = Source(checkpoint, architecture, made, torch.device("cpu"))
+    source = Source(
+        checkpoint, architecture=architecture, plan=made, device=torch.device("cpu")
+    )
     from rsq_stream.model.block import Block
     from rsq_stream.model.transformers_layers import Rope, layer_config
 
     config = layer_config(architecture.family, checkpoint.config)
-    rope = Rope(architecture.family, config, 16, torch.float32, torch.device("cpu"))
+    rope = Rope(
+        architecture.family,
+        config,
+        tokens=16,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     tensors = source.block(0)
     embedding_VD = torch.cat(list(source.embedding()))
     x_BTD = embedding_VD[windows.window_BT].bfloat16().float()
 
     def output(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        return Block(architecture.family, config, 0, weights, rope).forward(x_BTD)
+        return Block(architecture.family, config, 0, weights, rope=rope).forward(x_BTD)
 
     before_BTD = output(tensors)
     for linear in LINEARS:
@@ -132,7 +143,9 @@ def test_a_cost_is_what_the_block_loses(toy: Path, costs: Costs) -> None:
         scheme = made.scheme(f"model.layers.0.{linear}", weight_OI.shape[1])
         assert scheme is not None
         grid = make_grid(made, PROBE_BITS, torch.float32)
-        found = round_to_nearest(weight_OI, grid, scheme.group_size, 128, Pool(1))
+        found = round_to_nearest(
+            weight_OI, grid, scheme.group_size, tile_rows=128, pool=Pool(1)
+        )
         rounded_OI = decode(found.code_OI, found.scale_OG, found.zero_OG, torch.float32)
         change_BTD = output(tensors | {f"{linear}.weight": rounded_OI}) - before_BTD
         share = (change_BTD.square().sum(-1) / before_BTD.square().sum(-1)).mean()

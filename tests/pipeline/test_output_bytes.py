@@ -286,7 +286,7 @@ def test_rounding_is_rounding(tmp_path: Path, symmetric: bool) -> None:
     for name in linear_names(2):
         weight_OI = checkpoint.read(f"{name}.weight")
         group = -1 if weight_OI.shape[1] % 32 else 32
-        made = round_to_nearest(weight_OI, grid, group, 1000, Pool(1))
+        made = round_to_nearest(weight_OI, grid, group, tile_rows=1000, pool=Pool(1))
         grouped = (made.code_OI.shape[0], made.scale_OG.shape[1], -1)
         whole_OGC = made.code_OI.reshape(grouped).float() - made.zero_OG[:, :, None]
         decoded_OI = (whole_OGC * made.scale_OG[:, :, None]).flatten(1)

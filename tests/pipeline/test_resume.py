@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from rsq_stream.errors import Interrupted, OutputError, PlanMismatchError, ScratchError
-from rsq_stream.events import BlockFinished, Event, LinearRecord, StageStarted
+from rsq_stream.events import BlockFinished, Event, StageStarted
+from rsq_stream.pipeline import block_setup
 from rsq_stream.pipeline.block_solver import BlockSolver
 from rsq_stream.storage import atomic
 from rsq_stream.storage.crash_points import observed
@@ -211,19 +212,20 @@ def test_what_is_solved_already_is_not_kept_in_memory(
     """The plan counts what is left: after a resumed stage, and without kept ones."""
     output, stop = tmp_path / "out", threading.Event()
     held: list[tuple[int, list[str]]] = []
-    original = BlockSolver.run
+    original = block_setup.open_block
 
-    def run(solver: BlockSolver, done: int) -> list[LinearRecord]:
+    def opened(*arguments: Any) -> BlockSolver:
+        solver = original(*arguments)
         linears = [linear for stage in STAGES for linear in stage.linears]
         left = [linear.role for linear in linears if linear.name in solver.weights]
-        held.append((done, sorted(left)))
-        return original(solver, done)
+        held.append((solver.done, sorted(left)))
+        return solver
 
     def listener(event: Event) -> None:
         if isinstance(event, StageStarted) and event.stage == "mlp out":
             stop.set()
 
-    monkeypatch.setattr(BlockSolver, "run", run)
+    monkeypatch.setattr("rsq_stream.pipeline.quantize.open_block", opened)
     with pytest.raises(Interrupted):
         run_toy(toy, output, **RUN, listener=listener, stop=stop)
     run_toy(toy, output, **RUN)

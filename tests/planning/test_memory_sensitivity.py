@@ -26,6 +26,7 @@ from tests.planning.test_memory_stages import LLAMA, write_headers
 from tests.support.toy import (
     contents,
     execution_for,
+    job_of,
     open_toy,
     options_for,
     plan_toy,
@@ -148,7 +149,9 @@ def test_what_is_measured_or_rounded_is_in_host_memory(
         return shares(meter)
 
     monkeypatch.setattr(BlockMeter, "_shares", watched)
-    measure(open_toy(toy), plan, execution_for(toy, plan, options), options, windows)
+    execution = execution_for(toy, plan, options)
+    parts = {"plan": plan, "execution": execution, "options": options}
+    measure(job_of(open_toy(toy), **parts, windows=windows))
     assert seen == [7, 7]
 
 
@@ -170,5 +173,6 @@ def test_where_weights_lie_decides_nothing(tmp_path: Path, method: str) -> None:
         plan, options = measuring_plan(plan), options_for(output, **place)
         fitted = execution_for(toy, plan, options)
         fitted = dataclasses.replace(fitted, streams_weights=streams)
-        made.append(measure(open_toy(toy), plan, fitted, options, windows))
+        parts = {"plan": plan, "execution": fitted, "options": options}
+        made.append(measure(job_of(open_toy(toy), **parts, windows=windows)))
     assert made[0] == made[1]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsq_stream.errors import ScratchError
-from rsq_stream.storage.journal import NAME, Journal, SourceRecord
+from rsq_stream.storage.journal import NAME, Journal, Progress, SourceRecord
 from tests.support.toy import quick_folder
 
 BEFORE: dict[str, Any] = {
@@ -40,7 +40,8 @@ def finish(
     tensors: Any,
 ) -> None:
     """Commit a block whose outputs lie in one slot."""
-    journal.finish_block(block, seconds, {slot: chunks}, linears, tensors)
+    progress = Progress(chunks={slot: chunks}, linears=linears, tensors=tensors)
+    journal.finish_block(block, progress, seconds=seconds)
 
 
 def state(journal: Journal) -> tuple[Any, ...]:
@@ -107,12 +108,15 @@ def test_a_block_that_cannot_be_committed_leaves_nothing(
 
 KILLED = """
 import json, os, signal, sys
-from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.journal import Journal, Progress
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 journal = Journal(sys.argv[1])
 json.dumps = die
-journal.finish_block(1, 1.0, {"even": {0: 21}}, {"c": {"bits": 5}}, {"c.x": 3})
+progress = Progress(
+    chunks={"even": {0: 21}}, linears={"c": {"bits": 5}}, tensors={"c.x": 3}
+)
+journal.finish_block(1, progress, seconds=1.0)
 """
 
 
@@ -218,7 +222,9 @@ def done_in_order(path: Path, kinds: list[str], first: int, last: int) -> None:
             names = {f"{block}.{stage}": place}
             made: dict[str, Any] = {f"{block}.{stage}": {"bits": place}}
             if kind == "stage":
-                journal.finish_stage(block, stage, {"h": {0: place}}, made, names)
+                chunks = {"h": {0: place}}
+                progress = Progress(chunks=chunks, linears=made, tensors=names)
+                journal.finish_stage(block, stage, progress)
             elif kind == "block":
                 slot = ("even", "odd")[block % 2]
                 finish(journal, block, slot, 1.0, {0: place}, made, names)

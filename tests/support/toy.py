@@ -30,7 +30,7 @@ from rsq_stream.events import Event, Listener, ignore
 from rsq_stream.model.families import FAMILIES
 from rsq_stream.model.families.base import GATED_DENSE
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.pipeline.job import RunSummary
+from rsq_stream.pipeline.job import Job, RunSummary
 from rsq_stream.pipeline.quantize import quantize
 from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.quantization_plan import make_plan
@@ -211,8 +211,16 @@ def run_toy(
     wanted, windows = plan_toy(folder, windows=windows, plan=plan, **settings)
     chosen = options_for(output, **dict(options or {}))
     made = execution_for(folder, wanted, chosen, **dict(execution or {}))
-    return quantize(
-        open_toy(folder), wanted, made, chosen, windows, listener=listener, stop=stop
+    job = job_of(
+        open_toy(folder), plan=wanted, execution=made, options=chosen, windows=windows
+    )
+    return quantize(job, listener=listener, stop=stop)
+
+
+def job_of(checkpoint: Checkpoint, **parts: Any) -> Job:
+    """Put a job together from plan, execution, options and windows."""
+    return Job(
+        checkpoint=checkpoint, architecture=inspect_checkpoint(checkpoint), **parts
     )
 
 

@@ -14,6 +14,7 @@ def round_to_nearest(
     weight_OI: Float[Tensor, "O I"],
     grid: Grid,
     group_size: int,
+    *,
     tile_rows: int,
     pool: Pool,
 ) -> Solution:
@@ -35,4 +36,11 @@ def round_to_nearest(
         float(x_OI.double().square().sum()) for x_OI in (error_OI, weight_OI)
     )
     error = lost_share(lost, energy)
-    return Solution(code_OI, scale_OG, zero_OG, error, error, kept_rounding=False)
+    return Solution(
+        code_OI=code_OI,
+        scale_OG=scale_OG,
+        zero_OG=zero_OG,
+        relative_error=error,
+        rounding_error=error,
+        kept_rounding=False,
+    )

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from rsq_stream.calibration.windows import Windows
-from rsq_stream.config.execution_plan import ExecutionPlan
-from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.events import Listener, Notice
+from rsq_stream.pipeline.job import Job
 from rsq_stream.runtime.copy_stream import CopyStream, SideStream
 from rsq_stream.runtime.transfers import Inbound, Outbound, Transit
 from rsq_stream.storage import atomic
@@ -23,7 +22,6 @@ from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.activation_shape import slot_shape
 from rsq_stream.storage.direct_io import has_direct_io
 
-CPU = torch.device("cpu")
 TURNS = ("even", "odd", "h")
 
 
@@ -48,16 +46,16 @@ class RunSlots:
     """The slots of a run in its work folder: three for each of its streams."""
 
     def __init__(
-        self,
-        plan: QuantizationPlan,
-        width: int,
-        execution: ExecutionPlan,
-        work_dir: Path,
-        listener: Listener,
-        device: torch.device = CPU,
+        self, job: Job, *, listener: Listener, work_dir: Path | None = None
     ) -> None:
-        """Lay them out; those of a run on a GPU are read and written beside it."""
-        self.shape = slot_shape(plan, width)
+        """Lay them out in a folder: the job's work folder, if no other is given.
+
+        Those of a run on a GPU are read and written beside its compute.
+        """
+        plan, execution = job.plan, job.execution
+        work_dir = work_dir or job.options.work_dir
+        device = torch.device(job.options.device)
+        self.shape = slot_shape(plan, job.architecture.width)
         with atomic.explained(work_dir):
             direct = has_direct_io(work_dir)
         if not direct:

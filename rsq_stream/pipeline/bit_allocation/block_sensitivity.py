@@ -10,7 +10,7 @@ The cost of other bits follows in proportion to the losses.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.linear_schemes import make_grid
+from rsq_stream.pipeline.run import Run
 from rsq_stream.pipeline.stage_statistics import StageStatistics
 from rsq_stream.pipeline.token_importance import TokenImportance
 
@@ -43,39 +44,46 @@ Costs = dict[str, dict[int, float]]
 class BlockMeter:
     """One block in full precision, about to be measured."""
 
+    run: Run
     index: int
     stream: Stream
     weights: dict[str, Tensor]
     """fp32 weights by linear, in host memory; each is dropped when it is measured."""
-    types: dict[str, torch.dtype]
-    """Stored type of each linear."""
-    plan: QuantizationPlan
-    passes: Passes
     importance: TokenImportance
-    stages: tuple[Stage, ...]
     _losses: dict[str, dict[int, float]] = field(default_factory=dict)
     _probes: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     """Rounded weights by linear, in host memory, and their loss."""
 
-    def run(self) -> Costs:
+    @property
+    def _plan(self) -> QuantizationPlan:
+        return self.run.job.plan
+
+    @property
+    def _passes(self) -> Passes:
+        return self.run.passes
+
+    @cached_property
+    def _types(self) -> dict[str, torch.dtype]:
+        """Stored type of each linear."""
+        return self.run.source.linear_types(self.index)
+
+    def run_all(self) -> Costs:
         """Measure all linears; the block's outputs are written as well."""
         statistics = StageStatistics(
+            run=self.run,
             index=self.index,
             streams=[self.stream],
-            plan=self.plan,
-            passes=self.passes,
             importance=self.importance,
-            stages=self.stages,
         )
-        for stage in self.stages:
+        for stage in self.run.job.architecture.stages(self.index):
             gathered = statistics.gather(stage)
             if stage.writes:
                 self.stream.slots.h.flush(durable=False)
             for group in stage.groups:
                 self._measure_group(stage, group, gathered[group].hessian)
         shares = self._shares()
-        advance = partial(self.stream.advance, self.passes, self.index)
-        self.passes.with_fewer(advance, f"block {self.index}, outputs")
+        advance = partial(self.stream.advance, self._passes, self.index)
+        self._passes.with_fewer(advance, f"block {self.index}, outputs")
         return {
             linear: {
                 bits: shares[linear] * loss / self._probes[linear][1]
@@ -87,10 +95,10 @@ class BlockMeter:
         }
 
     def _measure_group(self, stage: Stage, group: Group, hessian: Hessian) -> None:
-        self.passes.check()
-        pool, columns = self.passes.pool, self.plan.tile_columns
+        self._passes.check()
+        pool, columns = self._passes.pool, self._plan.tile_columns
         try:
-            damping = self.plan.damping_for(hessian.matrix_II.shape[0])
+            damping = self._plan.damping_for(hessian.matrix_II.shape[0])
             factor = factorise(hessian, damping, columns, pool)
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
@@ -104,12 +112,14 @@ class BlockMeter:
         weight_OI = self.weights.pop(linear).to(block.device)
         self._losses[linear] = {}
         for bits in BITS:
-            self.passes.check()
+            self._passes.check()
             scheme = self._scheme(linear, bits, weight_OI.shape[1])
-            grid = make_grid(self.plan, bits, self.types[linear])
-            rows = self.plan.tile_rows_of(weight_OI.shape[1])
-            pool = self.passes.pool
-            made = round_to_nearest(weight_OI, grid, scheme.group_size, rows, pool)
+            grid = make_grid(self._plan, bits, self._types[linear])
+            rows = self._plan.tile_rows_of(weight_OI.shape[1])
+            pool = self._passes.pool
+            made = round_to_nearest(
+                weight_OI, grid, scheme.group_size, tile_rows=rows, pool=pool
+            )
             decoded_OI = grid.decode(made.code_OI, made.scale_OG, made.zero_OG)
             error_OI = weight_OI - decoded_OI
             error_I = error_OI.square().sum(0, dtype=torch.float64)
@@ -121,16 +131,16 @@ class BlockMeter:
                 self._probes[linear] = rounded_OI, probe_loss
 
     def _scheme(self, linear: str, bits: int, inputs: int) -> Scheme:
-        scheme = self.plan.scheme(block_prefix(self.index) + linear, inputs)
+        scheme = self._plan.scheme(block_prefix(self.index) + linear, inputs)
         assert scheme is not None
         return Scheme(bits, scheme.group_size, scheme.symmetric)
 
     def _shares(self) -> dict[str, float]:
         """Give by how much of its energy the output moves for each rounded linear."""
-        block, pool = self.stream.block, self.passes.pool
-        tokens = self.plan.unit_sequences * self.plan.sequence_length
-        units = min(self.plan.units, -(-PROBE_TOKENS // tokens))
-        compute = getattr(torch, self.plan.compute_type)
+        block, pool = self.stream.block, self._passes.pool
+        tokens = self._plan.unit_sequences * self._plan.sequence_length
+        units = min(self._plan.units, -(-PROBE_TOKENS // tokens))
+        compute = getattr(torch, self._plan.compute_type)
         inputs = [
             x_BTD.to(block.device, compute)
             for x_BTD in self.stream.slots.x.read(range(units))
@@ -146,7 +156,7 @@ class BlockMeter:
 
         shares, count = {}, sum(x_BTD.shape[0] * x_BTD.shape[1] for x_BTD in inputs)
         for linear, (rounded_OI, _) in self._probes.items():
-            self.passes.check()
+            self._passes.check()
             whole_OI = block.weight(linear)
             block.replace_weight(linear, rounded_OI)
             shares[linear] = float(torch.stack(pool.map(moved, range(units))).sum())

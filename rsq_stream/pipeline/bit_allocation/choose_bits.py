@@ -78,6 +78,7 @@ def choose_bits(
     checkpoint: Checkpoint,
     architecture: Architecture,
     plan: QuantizationPlan,
+    *,
     costs: Costs,
     bpw: float,
 ) -> Choice:
