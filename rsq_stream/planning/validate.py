@@ -2,7 +2,9 @@
 
 import torch
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
 from rsq_stream.model.architecture import Architecture, read_architecture
 from rsq_stream.model.tensor_names import HEAD, block_prefix
@@ -48,3 +50,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
                 f" {architecture.family.model_type} model as config.json describes it"
             )
     return architecture
+
+
+def require_valid_importance(plan: QuantizationPlan) -> None:
+    """Refuse an unknown strategy, and options that the plan's own cannot follow.
+
+    Raises
+    ------
+    UsageError
+        The first such option, by its name.
+    """
+    STRATEGIES[plan.importance].require_options(plan, plan.sequence_length)
