@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
 from rsq_stream.events import ignore
 
@@ -64,10 +65,8 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "importance": {
         **{
             name: {"importance": name}
-            for name in (
-                *("uniform", "attncon", "actnorm", "actnorm-output", "actdiff"),
-                *("tokensim", "tokenfreq", "cluster", "first-n", "first-last-n"),
-            )
+            for name, strategy in STRATEGIES.items()
+            if not strategy.takes_chunks
         },
         "chunks 1/4": {"importance": "chunks", "importance_chunks": "1/4"},
         "attncon, skip 4": {"importance_skip": 4},

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import GRID_NAMES
 
@@ -177,13 +178,14 @@ def _own_schemes(plan: QuantizationPlan) -> dict[str, str]:
 
 
 def _importance(plan: QuantizationPlan) -> str:
-    """Say how tokens are weighed: the strategy and what is not as usual."""
-    parts = [plan.importance]
-    if plan.importance in ("first-n", "first-last-n"):
+    """Return how tokens are weighed: the strategy, and options beside the defaults."""
+    strategy = STRATEGIES[plan.importance]
+    parts = [f"{plan.importance} ({strategy.help})"]
+    if strategy.takes_tokens:
         parts.append(f"{plan.importance_tokens} tokens")
-    elif plan.importance == "chunks":
+    if strategy.takes_chunks:
         parts.append(plan.importance_chunks)
-    elif plan.importance != "uniform":
+    if strategy.score is not None:
         parts.append(f"{plan.importance_min:.4g} to {plan.importance_max:.4g}")
     usual = {"power": 1, "visible": "no", "transform": "no", "linears": ()}
     for name in (

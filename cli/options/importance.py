@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from rsq_stream.algorithm.importance import STRATEGIES
+from rsq_stream.errors import UsageError, one_of
+
 from .quantization import flag, value
 
 _PANEL = "Token importance"
@@ -18,8 +21,7 @@ class Importance:
             _PANEL,
             "--importance",
             "STRATEGY",
-            "attncon (attention received), actnorm, actnorm-output, actdiff, tokensim,"
-            " tokenfreq, cluster; by place: first-n, first-last-n, chunks, uniform.",
+            f"How much each token counts: {one_of(tuple(STRATEGIES))}.",
             "attncon for rsq, else uniform",
         ),
     ] = None
@@ -43,8 +45,8 @@ class Importance:
             _PANEL,
             "--importance-tokens",
             "N",
-            "N of first-n and first-last-n.",
-            "a quarter of the window, in all",
+            "How many tokens count, in all or at each end, for strategies that take N.",
+            "the strategy's share of the window",
         ),
     ] = None
     importance_chunks: Annotated[
@@ -53,7 +55,8 @@ class Importance:
             _PANEL,
             "--importance-chunks",
             "C,C,.../T",
-            "Which of T equal parts of a window count, from 0, for chunks.",
+            "Which of T equal parts of a window count, from 0, for strategies that take"
+            " parts.",
             "none",
         ),
     ] = ""
@@ -152,3 +155,25 @@ class Importance:
             "all",
         ),
     ] = None
+
+
+def require_taken(job: Importance) -> None:
+    """Refuse options that the strategy does not take.
+
+    Raises
+    ------
+    UsageError
+        The first such option, with the strategies that take it.
+    """
+    for option, default in (("tokens", None), ("chunks", "")):
+        if getattr(job, f"importance_{option}") == default:
+            continue
+        takers = [
+            name
+            for name, strategy in STRATEGIES.items()
+            if getattr(strategy, f"takes_{option}")
+        ]
+        if job.importance not in takers:
+            raise UsageError(
+                f"--importance-{option} needs --importance {' or '.join(takers)}"
+            )

@@ -15,6 +15,7 @@ from rsq_stream.config.schemes import INTEGER, LATTICE
 from rsq_stream.errors import UsageError, one_of
 
 from ..display.text import parse_size, remark, size
+from .importance import require_taken
 from .quantize_options import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 USUAL_BITS = 4
 LEAST_BITS = 2
 """Stands in a plan with ``--bpw`` until the bits are chosen."""
-_COUNTED = ("first-n", "first-last-n")
 ROTATIONS = ("portable", "full", "none")
 
 
@@ -148,11 +148,7 @@ def settings_of(job: QuantizeOptions) -> "Settings":
         job.bits is not None or job.override or job.head_bits != 16
     ):
         raise UsageError("--method rotate quantizes nothing: leave bits out")
-    if job.importance_tokens is not None and job.importance not in _COUNTED:
-        wanted = " or ".join(_COUNTED)
-        raise UsageError(f"--importance-tokens needs --importance {wanted}")
-    if job.importance_chunks and job.importance != "chunks":
-        raise UsageError("--importance-chunks needs --importance chunks")
+    require_taken(job)
 
     from rsq_stream.calibration.text import DATA_SETS
     from rsq_stream.config.settings import Settings

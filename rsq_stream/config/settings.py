@@ -34,7 +34,7 @@ class Settings:
     importance_min: float | None = None
     importance_max: float = 1.0
     importance_tokens: int | None = None
-    """By default a quarter of the window of ``first-n``, an eighth at each end."""
+    """By default the strategy's share of the window."""
     importance_chunks: str = ""
     importance_power: int = 1
     importance_visible: str = "no"

@@ -5,15 +5,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.importance._positions import chosen_tokens
 from rsq_stream.algorithm.importance._weighting import Weighting, mean_one, rounded
-from rsq_stream.algorithm.importance.actdiff import steadiness
-from rsq_stream.algorithm.importance.actnorm import norm
-from rsq_stream.algorithm.importance.cluster import cluster_distance
-from rsq_stream.algorithm.importance.tokenfreq import rarity
-from rsq_stream.algorithm.importance.tokensim import dissimilarity
+from rsq_stream.algorithm.importance.base import Seen
 from rsq_stream.calibration.windows import Windows
-from rsq_stream.config.importance import HARD
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.block import Block
 
@@ -25,19 +21,20 @@ class TokenImportance:
     plan: QuantizationPlan
     windows: Windows
     count_V: Tensor | None
-    """How often each token is in the calibration set, for ``tokenfreq``."""
+    """How often each token is in the calibration set, if the strategy needs it."""
 
     def weights(
         self, unit: int, block: Block, x_BTD: Tensor, a_BTD: Tensor
     ) -> Float[Tensor, "B T"]:
-        """Give a unit's weights: mean 1 per sequence, in bf16 unless exact.
+        """Return a unit's weights: mean 1 per sequence, in bf16 unless exact.
 
         ``x_BTD`` is the block's input, ``a_BTD`` that of its q, k, v; the block must
         hold the source's weights.
         """
-        plan = self.plan
-        if plan.importance in HARD:
-            kept = plan.kept_ranges(plan.sequence_length)
+        plan, strategy = self.plan, STRATEGIES[self.plan.importance]
+        if strategy.score is None:
+            assert strategy.ranges is not None
+            kept = strategy.ranges(plan, plan.sequence_length)
             sequences, tokens = x_BTD.shape[0], x_BTD.shape[1]
             weight_BT = chosen_tokens(sequences, tokens, kept, x_BTD.device)
             weight_BT = mean_one(weight_BT)
@@ -56,40 +53,35 @@ class TokenImportance:
             reverse=plan.importance_reverse,
             exact=plan.importance_exact,
         )
-        return weighting.weights(self._scores(unit, block, x_BTD, a_BTD))
+        # Not blocking, so that a host that scored by itself does not wait for the GPU.
+        return weighting.weights(
+            strategy.score(self._seen(unit, block, x_BTD, a_BTD)).to(
+                x_BTD.device, non_blocking=True
+            )
+        )
 
-    def _scores(
-        self, unit: int, block: Block, x_BTD: Tensor, a_BTD: Tensor
-    ) -> Float[Tensor, "B T"]:
-        kind = self.plan.importance
-        if kind == "attncon":
-            return block.column_sums(a_BTD)
-        if kind == "actnorm":
-            return norm(x_BTD)
-        if kind == "tokensim":
-            return dissimilarity(x_BTD)
-        if kind == "cluster":
-            return cluster_distance(x_BTD)
-        if kind == "tokenfreq":
-            assert self.count_V is not None
-            count = self.plan.unit_sequences
+    def _seen(self, unit: int, block: Block, x_BTD: Tensor, a_BTD: Tensor) -> Seen:
+        """Compute what the strategy needs, and no more."""
+        needs = STRATEGIES[self.plan.importance].needs
+        count, token_BT = self.plan.unit_sequences, None
+        if "counts" in needs:
             token_BT = self.windows.tokens(unit * count, count)
-            score_BT = rarity(token_BT, self.count_V)
-            # The host waits for its copy to be taken over, not for the GPU.
-            return score_BT.to(x_BTD.device, non_blocking=True)
-        output_BTD = block.forward(x_BTD)
-        if kind == "actnorm-output":
-            return norm(output_BTD)
-        return steadiness(x_BTD, output_BTD)
+        return Seen(
+            x_BTD=x_BTD,
+            attention_BT=block.column_sums(a_BTD) if "attention" in needs else None,
+            output_BTD=block.forward(x_BTD) if "block_output" in needs else None,
+            token_BT=token_BT,
+            count_V=self.count_V,
+        )
 
 
 def make_importance(plan: QuantizationPlan, windows: Windows) -> TokenImportance:
-    """Make the strategy of a plan; counts tokens where that is asked for.
+    """Make the strategy of a plan, and count tokens if it needs the counts.
 
     Counts are those of the expanded set: each rolled copy has a window's tokens again.
     """
     counts = None
-    if plan.importance == "tokenfreq":
+    if "counts" in STRATEGIES[plan.importance].needs:
         counts = windows.window_BT.flatten().bincount() * windows.expand
     return TokenImportance(plan, windows, counts)
 
@@ -107,7 +99,7 @@ class TokenWeights:
         self._unit_sequences = unit_sequences
 
     def of_unit(self, unit: int) -> Float[Tensor, "T"]:
-        """Give a unit's weights end to end, in fp32."""
+        """Return a unit's weights end to end, in fp32."""
         return self._rows(unit).float().reshape(-1)
 
     def put(self, unit: int, weight_BT: Float[Tensor, "B T"]) -> None:

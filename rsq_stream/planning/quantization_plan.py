@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.rotation.rotation import rotation_name
 from rsq_stream.calibration.text import DATA_SETS
 from rsq_stream.calibration.windows import Windows
@@ -29,7 +30,7 @@ from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.planning.devices import device_kind
-from rsq_stream.planning.validate import linear_type
+from rsq_stream.planning.validate import linear_type, require_valid_importance
 
 GPU_TILE_WEIGHTS = 1 << 27
 """Weights that a GPU solves together: with fewer it waits for launches, and each more
@@ -99,10 +100,10 @@ def make_plan(
     importance = settings.importance or (
         "attncon" if settings.method == "rsq" else "uniform"
     )
-    part = {"first-n": 4, "first-last-n": 8}.get(importance, 0)
-    tokens = settings.importance_tokens if part else 0
-    if tokens is None:
-        tokens = max(1, length // part)
+    strategy = STRATEGIES[importance]
+    tokens = settings.importance_tokens
+    if tokens is None or not strategy.takes_tokens:
+        tokens = strategy.default_tokens(length)
     minimum = settings.importance_min
     if minimum is None:
         # RSQ's best r_min times the sequence length is about 20 wherever the
@@ -175,6 +176,7 @@ def make_plan(
         shard_bytes=SHARD_BYTES,
         device_kind=device_kind(device),
     )
+    require_valid_importance(plan, architecture)
     plan.require_whole_groups(architecture.linear_inputs())
     return plan
 

@@ -6,6 +6,7 @@ Where a stage computes and a disk reads or writes beside it, the longer of both 
 from dataclasses import dataclass, replace
 from math import prod
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.rotation.hadamard import kronecker_factors
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
@@ -135,11 +136,20 @@ class _Work:
                 flops += 2.0 * terms * inputs**2
         seconds = tokens * (flops / self.rates.products + values / self.rates.values)
         seconds += plan.streams * self._forward(stage)
-        first = stage is self.architecture.stages(self.index)[0]
-        if first and plan.importance == "attncon":
-            seconds += self._scored(self.rates.sums) + self._projected()
+        if stage is self.architecture.stages(self.index)[0]:
+            seconds += self._importance()
         written = self._slot_written() if stage.writes else 0.0
         return max(seconds, self._slot_read() + written)
+
+    def _importance(self) -> float:
+        """Return the seconds that the needs of the importance strategy take."""
+        needs, seconds = STRATEGIES[self.plan.importance].needs, 0.0
+        if "attention" in needs:
+            seconds += self._scored(self.rates.sums) + self._projected()
+        if "block_output" in needs:
+            flops = 2.0 * self._tokens * sum(map(self._entries, self._linears))
+            seconds += self._scored(self.rates.scores) + flops / self.rates.products
+        return seconds
 
     def _solving(self, group: Group, linear: Linear) -> float:
         outputs, inputs = self.architecture.shape(linear)

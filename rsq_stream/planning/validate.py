@@ -2,8 +2,15 @@
 
 import torch
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.errors import CheckpointError, UnsupportedModelError
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.errors import (
+    CheckpointError,
+    UnsupportedModelError,
+    one_of,
+    require,
+)
 from rsq_stream.model.architecture import Architecture, read_architecture
 from rsq_stream.model.tensor_names import HEAD, block_prefix
 
@@ -54,3 +61,30 @@ def linear_type(checkpoint: Checkpoint, architecture: Architecture) -> torch.dty
     """Return the stored type of the first linear, which stands for all of them."""
     name = next(iter(architecture.model_linears()))
     return checkpoint.entry(f"{name}.weight").dtype
+
+
+def require_valid_importance(
+    plan: QuantizationPlan, architecture: Architecture
+) -> None:
+    """Refuse an unknown strategy, and options that it or the model cannot follow.
+
+    Raises
+    ------
+    UsageError
+        The first such option, by its name.
+    """
+    STRATEGIES[plan.importance].require_options(plan, plan.sequence_length)
+    groups = {
+        group: tuple(linear.projection for linear in group.linears)
+        for block in architecture.kinds()
+        for stage in architecture.stages(block)
+        for group in stage.groups
+    }
+    known = tuple(name for names in groups.values() for name in names)
+    named = set(plan.importance_linears)
+    for name in plan.importance_linears:
+        require(name in known, "importance-linears", name, one_of(known))
+    for names in groups.values():
+        whole = not 0 < len(named.intersection(names)) < len(names)
+        wanted = f"all or none of {', '.join(names)}: they share a Hessian"
+        require(whole, "importance-linears", " ".join(sorted(named)), wanted)

@@ -1,5 +1,6 @@
 """Each strategy against its formula in float64; each option at its edges."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.importance._weighting import (
     Weighting,
     affine,
@@ -20,12 +22,14 @@ from rsq_stream.algorithm.importance.cluster import cluster_distance
 from rsq_stream.algorithm.importance.tokenfreq import rarity
 from rsq_stream.algorithm.importance.tokensim import dissimilarity
 from rsq_stream.calibration.windows import Windows
-from rsq_stream.config.importance import IMPORTANCES
+from rsq_stream.errors import Interrupted
+from rsq_stream.events import Event, StageStarted
 from rsq_stream.output.verify import verify
 from rsq_stream.pipeline.token_importance import make_importance
 from tests.config.test_quantization_plan import plan
 from tests.pipeline.test_resume import RUN, SMALL
 from tests.support.toy import (
+    contents,
     decoded_state,
     linear_names,
     open_toy,
@@ -198,6 +202,14 @@ def test_reverse_is_the_negative() -> None:
 
 LEAST = {"importance_min": 0.05}
 """The default, 20 tokens, is all of a toy's window."""
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    """Return settings of a toy run by a strategy, with the option that it must have."""
+    chunks = {"importance_chunks": "0,2/4"} if STRATEGIES[kind].takes_chunks else {}
+    return RUN | {"importance": kind} | chunks | LEAST
+
+
 EVERY: dict[str, Any] = {"transform": "log", "visible": "root", "power": 2}
 
 
@@ -216,16 +228,33 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_checkpoint(tmp_path_factory.mktemp("scores") / "toy", **SMALL)
 
 
-@pytest.mark.parametrize("kind", IMPORTANCES)
+@pytest.mark.parametrize("kind", STRATEGIES)
 def test_each_strategy_runs_and_matters(toy: Path, tmp_path: Path, kind: str) -> None:
-    chunks = {"importance_chunks": "0,2/4"} if kind == "chunks" else {}
-    settings = RUN | {"importance": kind, "expand": 2} | chunks | LEAST
+    settings = settings_of(kind) | {"expand": 2}
     run_toy(toy, tmp_path / "out", **settings)
     assert not verify(tmp_path / "out", open_toy(toy)).problems
     run_toy(toy, tmp_path / "even", **settings | {"importance": "uniform"})
     weighed, even = decoded_state(tmp_path / "out"), decoded_state(tmp_path / "even")
     same = all(torch.equal(weighed[name], even[name]) for name in weighed)
     assert same == (kind == "uniform")
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_each_strategy_goes_on_where_it_stopped(
+    toy: Path, tmp_path: Path, kind: str
+) -> None:
+    """Token weights are kept with the first stage, and picked up for the others."""
+    settings, stop = settings_of(kind), threading.Event()
+    run_toy(toy, tmp_path / "whole", **settings)
+
+    def listener(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "attention out":
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        run_toy(toy, tmp_path / "out", **settings, listener=listener, stop=stop)
+    run_toy(toy, tmp_path / "out", **settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_some_linears_alone(toy: Path, tmp_path: Path) -> None:

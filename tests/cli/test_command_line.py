@@ -175,7 +175,14 @@ def test_a_file_leaves_no_path_in_the_plan() -> None:
         (Job(rotation="R1"), "--rotation must be one of portable, full, none, not R1"),
         (Job(sequence_length=0), "--sequence-length must be 2 or more, not 0"),
         (Job(symmetric=False, signed_scales=True), "--signed-scales needs --symmetric"),
-        (Job(importance_tokens=9), "--importance-tokens needs --importance first-n or"),
+        (
+            Job(importance_tokens=9),
+            "^--importance-tokens needs --importance first-last-n or first-n$",
+        ),
+        (
+            Job(importance="uniform", importance_chunks="0/2"),
+            "^--importance-chunks needs --importance chunks$",
+        ),
     ],
 )
 def test_options_that_make_no_sense(job: Any, message: str) -> None:

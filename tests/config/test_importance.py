@@ -4,16 +4,24 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.config.importance import IMPORTANCES, ROLES
+from rsq_stream.algorithm.importance import STRATEGIES
+from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.demo import MODEL
 from rsq_stream.errors import UsageError
+from rsq_stream.planning.validate import (
+    inspect_checkpoint,
+    require_valid_importance,
+)
 from tests.config.test_quantization_plan import named, plan
+from tests.support.toy import open_toy
 
 CHUNKS = "C,C,.../T with C below T and T at most 63, such as 0,7/8"
+PROJECTIONS = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
 TOGETHER = "all or none of q_proj, k_proj, v_proj: they share a Hessian"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"importance": "last-n"},
-        f"--importance must be one of {', '.join(IMPORTANCES)}, not last-n",
+        f"--importance must be one of {', '.join(STRATEGIES)}, not last-n",
     ),
     (
         {"importance_min": -0.1},
@@ -65,7 +73,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"importance_bins": 1}, "--importance-bins must be 2 or more, or 0, not 1"),
     (
         {"importance_linears": ("down",)},
-        f"--importance-linears must be one of {', '.join(ROLES)}, not down",
+        f"--importance-linears must be one of {PROJECTIONS}, not down",
     ),
     (
         {"importance_linears": ("k_proj", "q_proj")},
@@ -86,13 +94,35 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 )
 def test_a_plan_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        plan(**changes)
+        require_valid_importance(plan(**changes), inspect_checkpoint(open_toy(MODEL)))
     assert str(caught.value) == message
 
 
 def test_places_become_ranges() -> None:
     made = plan(importance="chunks", importance_chunks="0,7/8")
-    assert made.kept_ranges(63) == [(0, 7), (55, 63)]
+    assert ranges(made) == [(0, 7), (55, 63)]
     made = plan(importance="first-last-n", importance_tokens=5)
-    assert made.kept_ranges(63) == [(0, 5), (58, 63)]
-    assert plan(importance="uniform").kept_ranges(63) == [(0, 63)]
+    assert ranges(made) == [(0, 5), (58, 63)]
+    assert ranges(plan(importance="first-n", importance_tokens=5)) == [(0, 5)]
+    assert ranges(plan(importance="uniform")) == [(0, 63)]
+
+
+def ranges(plan: QuantizationPlan) -> list[tuple[int, int]]:
+    by_place = STRATEGIES[plan.importance].ranges
+    assert by_place is not None
+    return by_place(plan, plan.sequence_length)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "tokens"),
+    [
+        ("first-n", 63, 15),
+        ("first-n", 2, 1),
+        ("first-last-n", 63, 7),
+        ("first-last-n", 4096, 512),
+        ("uniform", 63, 0),
+        ("attncon", 63, 0),
+    ],
+)
+def test_default_number_of_tokens(name: str, length: int, tokens: int) -> None:
+    assert STRATEGIES[name].default_tokens(length) == tokens

@@ -125,3 +125,22 @@ def test_a_manifest_that_says_otherwise_is_found(copy: Path) -> None:
     manifest["plan"]["bits"] = 4
     (copy / "rsq_stream.json").write_text(json.dumps(manifest))
     assert "does not match" in verify(copy).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"importance": "last-n"}, "--importance must be one of actdiff, actnorm, "),
+        ({"importance": "chunks"}, "--importance-chunks must be C,C,.../T with C "),
+    ],
+    ids=["name", "chunks"],
+)
+def test_a_plan_of_no_strategy_is_one_problem(
+    copy: Path, changes: dict[str, str], message: str
+) -> None:
+    manifest = json.loads((copy / "rsq_stream.json").read_bytes())
+    manifest["plan"] |= changes
+    (copy / "rsq_stream.json").write_text(json.dumps(manifest))
+    resealed(copy)
+    (problem,) = verify(copy).problems
+    assert problem.startswith(f"{copy}: {message}")

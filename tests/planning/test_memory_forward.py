@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.planning.memory.forward import forward_bytes, unit_bytes
 from rsq_stream.planning.validate import inspect_checkpoint
@@ -129,3 +130,20 @@ def test_a_unit_takes_what_is_counted(
         assert seen[stage] <= 1.01 * counted, stage
         # In fp32 a unit is not copied when it is read.
         assert dtype == torch.float32 or seen[stage] >= 0.8 * counted, stage
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("sizes", SIZES, ids=["grouped", "alike"])
+def test_no_strategy_takes_more_than_is_counted(
+    tmp_path: Path, seen: dict[str, int], sizes: dict[str, Any], kind: str
+) -> None:
+    shape = {"max_position_embeddings": 512, **sizes}
+    folder = toy_checkpoint(tmp_path / "model", dtype=torch.bfloat16, **shape)
+    chunks = {"importance_chunks": "0,2/4"} if STRATEGIES[kind].takes_chunks else {}
+    given: dict[str, Any] = {"samples": 2, "sequence_length": 256, "importance": kind}
+    given |= {"plan": {"unit_sequences": 1}, **chunks}
+    run_toy(folder, tmp_path / "out", execution={"in_flight": 1}, **given)
+    plan, _ = plan_toy(folder, **given)
+    architecture = inspect_checkpoint(open_toy(folder))
+    counted = unit_bytes(architecture, plan, STAGES[0], 4, on_gpu=False)
+    assert seen[STAGES[0].name] <= 1.01 * counted

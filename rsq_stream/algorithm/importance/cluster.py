@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsq_stream.algorithm.importance.base import Seen, Strategy
+
 CLUSTERS = 100
 CLUSTER_STEPS = 30
 
@@ -41,3 +43,11 @@ def _distances(x_TD: Tensor, centre_CD: Tensor) -> Tensor:
     # Not by products: beside a sink, the differences of the others would cancel.
     exactly = "donot_use_mm_for_euclid_dist"
     return torch.cdist(x_TD, centre_CD, compute_mode=exactly)
+
+
+def score(seen: Seen) -> Float[Tensor, "B T"]:
+    """Score tokens by their distance from clusters of the block's input."""
+    return cluster_distance(seen.x_BTD)
+
+
+STRATEGY = Strategy(help="distance from clusters of tokens", score=score)

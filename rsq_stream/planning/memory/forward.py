@@ -1,7 +1,7 @@
 """The memory of one unit on its way through a block, from sizes alone."""
 
 from rsq_stream.algorithm.gptq.error_propagation import OUTPUTS
-from rsq_stream.config.importance import HARD
+from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Activation, Stage
@@ -101,12 +101,26 @@ def _weighing(
     *,
     on_gpu: bool,
 ) -> int:
-    """Count what the weights of a unit's tokens take, the block's input beside it."""
-    tokens = plan.unit_sequences * plan.sequence_length
-    if plan.importance in HARD:
+    """Return the bytes that weighing a unit's tokens takes, its input beside it."""
+    strategy = STRATEGIES[plan.importance]
+    if strategy.score is None:
         return 0
-    if plan.importance != "attncon":  # some take the whole block
-        return 4 * FP32 * tokens * architecture.width + max(attention, inner)
+    sums = 0
+    if "attention" in strategy.needs:
+        sums = _column_sums(architecture, plan, attention, on_gpu=on_gpu)
+        if len(strategy.needs) == 1:  # the sums are the scores
+            return sums
+    tokens = plan.unit_sequences * plan.sequence_length
+    # Copies of the input in fp32, beside the whole block because some run it.
+    scores = 4 * FP32 * tokens * architecture.width + max(attention, inner)
+    return max(sums, scores)
+
+
+def _column_sums(
+    architecture: Architecture, plan: QuantizationPlan, attention: int, *, on_gpu: bool
+) -> int:
+    """Return the bytes of the attention that each token receives, and of its making."""
+    tokens = plan.unit_sequences * plan.sequence_length
     heads = FP32 * tokens * architecture.heads * architecture.head_width
     keys = FP32 * tokens * architecture.kv_heads * architecture.head_width
     if on_gpu:  # q and k once more, in fp32
