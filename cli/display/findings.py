@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import INTEGER
+from rsq_stream.config.schemes import DEFAULT_GRID
 from rsq_stream.events import LinearRecord
 
 from .text import linear_kind
@@ -69,7 +69,7 @@ def notices_of(plan: QuantizationPlan, records: Sequence[LinearRecord]) -> list[
             f"{damped} of {len(records)} linears needed more damping than"
             f" {plan.damping:g}: their inputs are nearly dependent"
         )
-    if plan.grid != INTEGER:
+    if plan.grid != DEFAULT_GRID:
         lines.append(
             f"no runtime reads --grid {plan.grid}: rsq_stream.load_model gives a"
             " transformers model with decoded weights"

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.config.schemes import DEFAULT_GRID
+
 CODES = "What decides the codes"
 
 
@@ -100,11 +103,11 @@ class Codes:
         value(
             CODES,
             "--grid",
-            "integer|nf|e8p",
+            "|".join(GRIDS),
             "nf: NormalFloat; e8p: an 8-dimensional lattice, for 2 bits and a scale a"
             " row. Both need rsq_stream.load_model: no runtime reads them.",
         ),
-    ] = "integer"
+    ] = DEFAULT_GRID
     symmetric: Annotated[
         bool,
         flag(

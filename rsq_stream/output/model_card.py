@@ -2,8 +2,8 @@
 
 import statistics
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import GRID_NAMES
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import Architecture
 
@@ -42,8 +42,7 @@ def model_card(
     group = (
         "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
     )
-    grid = "symmetric" if plan.symmetric else "asymmetric"
-    grid = GRID_NAMES.get(plan.grid, grid)
+    grid = GRIDS[plan.grid].in_words(symmetric=plan.symmetric)
     marked = plan.needs_own_loader
     fallbacks = sorted(
         {

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
 from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
@@ -67,6 +68,7 @@ def verify(folder: Path, against: Checkpoint | None = None) -> Verification:
         return found  # what is damaged is not worth decoding
     try:
         plan = QuantizationPlan.from_fields(manifest["plan"])
+        GRIDS[plan.grid].require_plan(plan)
         checkpoint = Checkpoint(FolderFiles(folder))
     except (RsqError, TypeError) as error:
         found.problems.append(f"{folder}: {error}")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.rotation.rotation import rotation_name
 from rsq_stream.calibration.text import DATA_SETS
 from rsq_stream.calibration.windows import Windows
@@ -18,12 +19,8 @@ from rsq_stream.config.overrides import Override, parse_override, resolve
 from rsq_stream.config.propagation import parse_share
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
-    COMPRESSED_TENSORS,
-    GRID_FORMAT,
     HEAD_LINEAR,
-    INTEGER,
     KEPT,
-    LATTICE,
 )
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
@@ -31,6 +28,7 @@ from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.planning.devices import device_kind
+from rsq_stream.planning.validate import require_valid_grid
 
 GPU_TILE_WEIGHTS = 1 << 27
 """Weights that a GPU solves together: with fewer it waits for launches, and each more
@@ -122,6 +120,7 @@ def make_plan(
             return given
         return usual if ours else without
 
+    grid = GRIDS[settings.grid]
     # Of a file the tokens are hashed; its path decides nothing.
     calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
@@ -134,12 +133,11 @@ def make_plan(
             architecture, settings, tied=architecture.tied and not rotated
         ),
         grid=settings.grid,
-        output_format=COMPRESSED_TENSORS if settings.grid == INTEGER else GRID_FORMAT,
+        output_format=grid.output_format,
         symmetric=settings.symmetric,
-        # The lattice is its own mirror.
         signed_scales=settings.signed_scales
         and settings.symmetric
-        and settings.grid != LATTICE,
+        and grid.takes_signed_scales,
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,
@@ -177,6 +175,7 @@ def make_plan(
         device_kind=device_kind(device),
     )
     plan.require_whole_groups(architecture.linear_inputs())
+    require_valid_grid(plan)
     return plan
 
 

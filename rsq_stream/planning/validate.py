@@ -2,7 +2,9 @@
 
 import torch
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.checkpoint.shards import Checkpoint
+from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
 from rsq_stream.model.architecture import Architecture, read_architecture
 from rsq_stream.model.tensor_names import HEAD, block_prefix
@@ -48,3 +50,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
                 f" {architecture.family.model_type} model as config.json describes it"
             )
     return architecture
+
+
+def require_valid_grid(plan: QuantizationPlan) -> None:
+    """Refuse a plan that its grid cannot follow, and one of a grid that there is not.
+
+    Raises
+    ------
+    UsageError
+        With the option, what it must be and what it is.
+    """
+    GRIDS[plan.grid].require_plan(plan)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids.integer import Grid, decode
+from rsq_stream.algorithm.grids.integer import IntegerGrid, decode
 from rsq_stream.checkpoint.formats._quantization_config import (
     quantization_config,
     schemes_of,
@@ -123,11 +123,17 @@ def test_pack_is_that_of_compressed_tensors(width, bits):
 
 def solution(
     shape: tuple[int, int], scheme: Scheme, storage: torch.dtype
-) -> tuple[Solution, Grid]:
+) -> tuple[Solution, IntegerGrid]:
     generator = torch.Generator().manual_seed(sum(shape))
     weight_OI = torch.randn(shape, generator=generator) + 0.3
     signed = scheme.symmetric
-    grid = Grid(scheme.bits, scheme.symmetric, signed, 2.0, 4, storage)
+    grid = IntegerGrid(
+        bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        signed_scales=signed,
+        clip_steps=4,
+        storage_type=storage,
+    )
     return round_to_nearest(weight_OI, grid, scheme.group_size, 50, Pool(1)), grid
 
 

@@ -15,6 +15,7 @@ import rsq_stream
 import rsq_stream.demo
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import decoded
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.algorithm.grids.nf import NormalFloat, normal_values
 from rsq_stream.checkpoint.formats._quantization_config import (
@@ -26,13 +27,14 @@ from rsq_stream.checkpoint.formats.compressed_tensors import (
     encode_linear,
 )
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import Scheme
+from rsq_stream.config.schemes import DEFAULT_GRID, Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError, UsageError
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.ops.e8p_codebook import codeword_digits, digit_values
 from rsq_stream.ops.pack import unpack
 from rsq_stream.output.verify import verify
+from rsq_stream.planning.validate import require_valid_grid
 from rsq_stream.runtime.worker_pool import Pool
 from tests.config.test_quantization_plan import plan
 from tests.pipeline.test_repair import RUN as SMALL_RUN
@@ -43,6 +45,7 @@ from tests.support.toy import (
     calm,
     contents,
     decoded_state,
+    grid_settings,
     linear_names,
     open_toy,
     plan_toy,
@@ -52,9 +55,8 @@ from tests.support.toy import (
     toy_windows,
 )
 
-GRIDS: dict[str, dict[str, Any]] = {
-    "nf": {"grid": "nf", "bits": 3, "group_size": 32},
-    "e8p": {"grid": "e8p", "bits": 2, "group_size": -1},
+SETTINGS: dict[str, dict[str, Any]] = {
+    name: grid_settings(name) for name in GRIDS if name != DEFAULT_GRID
 }
 RUN: dict[str, Any] = SMALL_RUN | {"sweeps": 1, "refit": True}
 WINDOWS = toy_windows(64, 6, 33, 3).window_BT
@@ -73,10 +75,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_checkpoint(folder, **sizes, straddle=False, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module", params=GRIDS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def made(request: pytest.FixtureRequest, toy: Path) -> tuple[str, Path]:
     output = toy.with_name(f"out-{request.param}")
-    run_toy(toy, output, **RUN, **GRIDS[request.param])
+    run_toy(toy, output, **RUN, **SETTINGS[request.param])
     return request.param, output
 
 
@@ -113,7 +115,7 @@ def test_the_planned_size_is_the_size(made: tuple[str, Path], toy: Path) -> None
     if grid == "e8p":
         assert (packed.dtype, packed.shape) == (torch.int16, (32, 64 // 8))
         assert scale.shape == (32, 1)
-    else:
+    if grid == "nf":
         assert (packed.dtype, packed.shape) == (torch.int32, (32, 64 * 3 // 32))
         assert scale.shape == (32, 2)
 
@@ -158,7 +160,7 @@ def test_the_solver_beats_rounding(made: tuple[str, Path]) -> None:
     linears = read_json(made[1] / "rsq_stream.json")["linears"]
     assert [one["name"] for one in linears] == linear_names(2)
     assert all(one["relative_error"] < one["rounding_error"] for one in linears)
-    assert all(one["bits"] == GRIDS[made[0]]["bits"] for one in linears)
+    assert all(one["bits"] == SETTINGS[made[0]]["bits"] for one in linears)
 
 
 @pytest.mark.parametrize(("block", "stage"), [(0, "mlp in"), (1, "outputs")])
@@ -166,7 +168,7 @@ def test_a_run_that_was_stopped_gives_the_same_bytes(
     made: tuple[str, Path], toy: Path, tmp_path: Path, block: int, stage: str
 ) -> None:
     grid, whole = made
-    settings = RUN | GRIDS[grid]
+    settings = RUN | SETTINGS[grid]
     stopped(toy, tmp_path / "out", block, stage, **settings)
     other = {"in_flight": 1, "resident_units": 0}
     settings |= {"execution": other, "options": {"workers": 2}}
@@ -178,7 +180,7 @@ def test_damaged_codes_are_solved_again(
     made: tuple[str, Path], toy: Path, tmp_path: Path
 ) -> None:
     grid, whole = made
-    settings = RUN | GRIDS[grid]
+    settings = RUN | SETTINGS[grid]
     stopped(toy, tmp_path / "out", 1, "mlp in", **settings)
     (partial,) = (tmp_path / "out").glob("*.partial")
     flip(partial, place_of(partial, "model.layers.1.self_attn.o_proj.weight_packed"))
@@ -191,7 +193,13 @@ def test_damaged_codes_are_solved_again(
 @pytest.mark.parametrize("scheme", [Scheme(b, 32, True, "nf") for b in range(2, 9)])
 def test_nf_comes_back_from_disk(scheme: Scheme, storage: torch.dtype) -> None:
     weight_OI = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    grid = NormalFloat(scheme.bits, True, True, 2.0, 20, storage)
+    grid = NormalFloat(
+        bits=scheme.bits,
+        symmetric=True,
+        signed_scales=True,
+        clip_steps=20,
+        storage_type=storage,
+    )
     found = round_to_nearest(weight_OI, grid, 32, 4, Pool(1))
     stored = encode_linear("x", found, scheme, storage)
     back_OI = decode_linear(stored.__getitem__, "x", scheme)
@@ -205,7 +213,13 @@ def test_nf_comes_back_from_disk(scheme: Scheme, storage: torch.dtype) -> None:
 def test_e8p_comes_back_from_disk() -> None:
     scheme = Scheme(2, -1, True, "e8p")
     weight_OI = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    grid = LatticeGrid(2, True, False, 2.0, 80, torch.bfloat16)
+    grid = LatticeGrid(
+        bits=2,
+        symmetric=True,
+        signed_scales=False,
+        clip_steps=80,
+        storage_type=torch.bfloat16,
+    )
     found = round_to_nearest(weight_OI, grid, -1, 4, Pool(1))
     stored = encode_linear("x", found, scheme, torch.bfloat16)
     back_OI = decode_linear(stored.__getitem__, "x", scheme)
@@ -216,7 +230,7 @@ def test_e8p_comes_back_from_disk() -> None:
     assert torch.equal(back_OI, (value_OI * scale_O1).bfloat16().float())
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", SETTINGS)
 @pytest.mark.parametrize(
     ("tensor", "changed"),
     [
@@ -236,7 +250,7 @@ def test_numbers_from_disk_are_checked(
     output = toy.with_name(f"rounded-{grid}")
     if not output.exists():
         run_toy(
-            toy, output, method="rtn", **SMALL_RUN | {"propagate": 0.0} | GRIDS[grid]
+            toy, output, method="rtn", **SMALL_RUN | {"propagate": 0.0} | SETTINGS[grid]
         )
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     (shard,) = copy.glob("*.safetensors")
@@ -250,7 +264,7 @@ def test_numbers_from_disk_are_checked(
 def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
     checkpoint = open_toy(toy)
     architecture = read_architecture(checkpoint.config, "there")
-    for settings in GRIDS.values():
+    for settings in SETTINGS.values():
         kept = ["v_proj@1=16"]
         made, _ = plan_toy(toy, **settings, overrides=tuple(kept))
         config = json.loads(json.dumps(quantization_config(architecture, made)))
@@ -264,6 +278,7 @@ def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
         for key, value in (("grid", "e7p"), ("grid", "integer"), ("format", "x")):
             with pytest.raises(UnsupportedModelError, match="there: its quantization"):
                 schemes_of({"quantization_config": config | {key: value}}, 2, "there")
+    config["grid"] = "e8p"
     group = config["config_groups"]["group_0"]
     for weights in (
         {"num_bits": 3, "group_size": None},
@@ -287,7 +302,7 @@ NF: dict[str, Any] = {"grid": "nf"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": "nf4"}, "--grid must be one of integer, nf, e8p, not nf4"),
+        ({"grid": "nf4"}, "--grid must be one of e8p, integer, nf, not nf4"),
         (
             NF | {"symmetric": False},
             "--asymmetric: there are no zero points with --grid nf",
@@ -312,7 +327,7 @@ def test_what_a_grid_cannot_do_is_refused(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        plan(**changes)
+        require_valid_grid(plan(**changes))
     assert str(caught.value).startswith(message)
 
 
@@ -330,12 +345,12 @@ def test_inputs_that_eight_does_not_divide_are_named(tmp_path: Path) -> None:
         r' 172; keep it with --override "down_proj=16"'
     )
     with pytest.raises(UsageError, match=message):
-        run_toy(toy, tmp_path / "out", **GRIDS["e8p"], method="rtn")
+        run_toy(toy, tmp_path / "out", **SETTINGS["e8p"], method="rtn")
     assert not (tmp_path / "out").exists()
     run_toy(
         toy,
         tmp_path / "out",
-        **GRIDS["e8p"],
+        **SETTINGS["e8p"],
         method="rtn",
         overrides=("down_proj=16",),
     )
@@ -364,7 +379,9 @@ def test_the_command_line_refuses(run: Run, options: list[str], message: str) ->
 
 def test_the_command_line_says_what_it_does(run: Run, made: tuple[str, Path]) -> None:
     grid, output = made
-    words = {"nf": "3 bits, NormalFloat", "e8p": "2 bits, E8P lattice"}[grid]
+    words = f"{SETTINGS[grid]['bits']} bits, {GRIDS[grid].title}"
+    known = {"nf": "3 bits, NormalFloat", "e8p": "2 bits, E8P lattice"}
+    assert words == known.get(grid, words)
     code, out, _ = run("inspect", output)
     assert code == 0
     assert words in out

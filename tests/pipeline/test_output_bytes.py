@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.integer import IntegerGrid
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
 from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
 from rsq_stream.config.schemes import Scheme
@@ -282,7 +282,13 @@ def test_rounding_is_rounding(tmp_path: Path, symmetric: bool) -> None:
     source = toy_checkpoint(tmp_path / "toy")
     run_toy(source, tmp_path / "out", method="rtn", symmetric=symmetric)
     state, checkpoint = decoded_state(tmp_path / "out"), open_toy(source)
-    grid = Grid(3, symmetric, symmetric, 2.0, 10, torch.float32)
+    grid = IntegerGrid(
+        bits=3,
+        symmetric=symmetric,
+        signed_scales=symmetric,
+        clip_steps=10,
+        storage_type=torch.float32,
+    )
     for name in linear_names(2):
         weight_OI = checkpoint.read(f"{name}.weight")
         group = -1 if weight_OI.shape[1] % 32 else 32

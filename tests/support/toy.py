@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
@@ -286,6 +287,13 @@ def quick_folder() -> Path | None:
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 32
     return memory if roomy else None
+
+
+def grid_settings(name: str) -> dict[str, Any]:
+    """Return settings of a toy run with a grid: 3 bits and groups where it has them."""
+    grid = GRIDS[name]
+    bits = 3 if 3 in grid.bit_widths else min(grid.bit_widths)
+    return {"grid": name, "bits": bits, "group_size": 32 if grid.takes_groups else -1}
 
 
 def linear_names(blocks: int) -> list[str]:

@@ -7,16 +7,15 @@ one for a linear of all blocks, or of those blocks that share a scheme.
 from collections.abc import Mapping
 from typing import Any
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.checkpoint.formats._targets import HEAD_PATTERN, names_of, pattern_of
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
     COMPRESSED_TENSORS,
+    DEFAULT_GRID,
     GRID_FORMAT,
     GROUP_SIZES,
     HEAD_LINEAR,
-    INTEGER,
-    LATTICE,
-    NORMAL_FLOAT,
     Scheme,
 )
 from rsq_stream.errors import UnsupportedModelError
@@ -26,7 +25,6 @@ from rsq_stream.model.online_rotation import KEY, written_rotations
 from rsq_stream.model.tensor_names import block_prefix
 
 FORMAT = "pack-quantized"
-_OWN_GRIDS = (NORMAL_FLOAT, LATTICE)
 _OURS = {
     "type": ("int",),
     "strategy": ("channel", "group"),
@@ -70,7 +68,7 @@ def _compressed(architecture: Architecture, plan: QuantizationPlan) -> dict[str,
         ignored = [HEAD_LINEAR, *ignored]
     else:
         targets.setdefault(head, []).append(HEAD_PATTERN)
-    if plan.grid != INTEGER:
+    if plan.grid != DEFAULT_GRID:
         return _own_format(plan.grid, targets, ignored)
     return {
         "quant_method": COMPRESSED_TENSORS,
@@ -178,23 +176,24 @@ def schemes_of(
 def _grid_of(quantization: Mapping[str, Any]) -> str | None:
     """Give the grid of the codes; None for a format that this tool does not write."""
     if quantization["format"] == FORMAT:
-        return INTEGER
-    own = quantization["format"] == GRID_FORMAT
-    return quantization["grid"] if own and quantization["grid"] in _OWN_GRIDS else None
+        return DEFAULT_GRID
+    grid: str = quantization["grid"]
+    own = quantization["format"] == GRID_FORMAT and grid in GRIDS
+    return grid if own and grid != DEFAULT_GRID else None
 
 
 def _scheme(weights: Mapping[str, Any], grid: str | None) -> Scheme | None:
     """Read a scheme; None for one that this tool would not write."""
-    integer = grid == INTEGER
+    integer = grid == DEFAULT_GRID
     if integer and any(weights.get(key) not in wanted for key, wanted in _OURS.items()):
         return None
     scheme = Scheme(
         int(weights["num_bits"]),
         int(weights["group_size"] or -1),
         bool(weights["symmetric"]) if integer else True,
-        grid or INTEGER,
+        grid or DEFAULT_GRID,
     )
-    known = 2 <= scheme.bits <= 8 and scheme.group_size in GROUP_SIZES
-    if grid == LATTICE:
-        known = (scheme.bits, scheme.group_size) == (2, -1)
+    stored = GRIDS[scheme.grid]
+    sizes = GROUP_SIZES if stored.takes_groups else (-1,)
+    known = scheme.bits in stored.bit_widths and scheme.group_size in sizes
     return scheme if known else None

@@ -18,19 +18,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids._table import decode_table
-from rsq_stream.algorithm.grids.integer import decode
-from rsq_stream.algorithm.grids.nf import normal_values
+from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.checkpoint.formats.base import OutputTensor
-from rsq_stream.config.schemes import (
-    LATTICE,
-    LATTICE_WIDTH,
-    NORMAL_FLOAT,
-    Scheme,
-)
-from rsq_stream.errors import CheckpointError, UsageError
-from rsq_stream.ops.e8p_codebook import digit_values, to_digits, to_indices
+from rsq_stream.config.schemes import Scheme
+from rsq_stream.errors import CheckpointError
 from rsq_stream.ops.pack import pack, packed_words, unpack
+
+
+def stored_grid(scheme: Scheme, scale_type: torch.dtype) -> Grid:
+    """Return the grid of a stored linear, as packing and decoding need it."""
+    return GRIDS[scheme.grid](
+        bits=scheme.bits, symmetric=scheme.symmetric, storage_type=scale_type
+    )
 
 
 def linear_tensors(
@@ -41,20 +41,14 @@ def linear_tensors(
     Raises
     ------
     UsageError
-        The lattice takes weights by eights, and these do not come so.
+        The grid takes inputs by so many, and these do not come so.
     """
     outputs, inputs = shape
     groups = scheme.groups(inputs)
-    packed_type, words = torch.int32, packed_words(inputs, scheme.bits)
-    if scheme.grid == LATTICE:
-        packed_type, words = torch.int16, inputs // LATTICE_WIDTH
-        if inputs % LATTICE_WIDTH:
-            raise UsageError(
-                f"--grid {LATTICE} takes inputs by eights, and {name} has {inputs};"
-                f' keep it with --override "{name.rpartition(".")[2]}=16"'
-            )
+    grid = stored_grid(scheme, scale_type)
+    grid.require_inputs(scheme.grid, name, inputs)
     tensors = [
-        OutputTensor(f"{name}.weight_packed", packed_type, (outputs, words)),
+        OutputTensor(f"{name}.weight_packed", *grid.packed_shape(outputs, inputs)),
         OutputTensor(f"{name}.weight_scale", scale_type, (outputs, groups)),
         OutputTensor(f"{name}.weight_shape", torch.int64, (2,)),
     ]
@@ -70,7 +64,7 @@ def encode_linear(
 ) -> dict[str, Tensor]:
     """Give the tensors of one quantized linear as they are stored."""
     tensors = {
-        f"{name}.weight_packed": _packed(solution.code_OI, scheme),
+        f"{name}.weight_packed": stored_grid(scheme, scale_type).pack(solution.code_OI),
         f"{name}.weight_scale": solution.scale_OG.to(scale_type),
         f"{name}.weight_shape": torch.tensor(solution.code_OI.shape),
     }
@@ -79,14 +73,6 @@ def encode_linear(
         packed_GR = pack(zero_GO, scheme.bits)
         tensors[f"{name}.weight_zero_point"] = packed_GR.T.contiguous()
     return tensors
-
-
-def _packed(code_OI: Tensor, scheme: Scheme) -> Tensor:
-    if scheme.grid != LATTICE:
-        return pack(code_OI, scheme.bits)
-    index_ON = to_indices(code_OI)
-    # The same 16 bits, as safetensors' signed type has them.
-    return torch.where(index_ON >= 2**15, index_ON - 2**16, index_ON).to(torch.int16)
 
 
 def decode_linear(
@@ -104,19 +90,14 @@ def decode_linear(
     outputs, inputs = _checked(read, name, scheme)
     packed_OW = read(f"{name}.weight_packed")
     scale_OG = read(f"{name}.weight_scale")
-    if scheme.grid == LATTICE:
-        digit_OI = to_digits(packed_OW.int() & 0xFFFF)
-        return decode_table(digit_OI, scale_OG, digit_values(), scale_OG.dtype)
-    code_OI = unpack(packed_OW, scheme.bits, inputs)
-    if scheme.grid == NORMAL_FLOAT:
-        value_L = normal_values(scheme.bits)
-        return decode_table(code_OI, scale_OG, value_L, scale_OG.dtype)
+    grid = stored_grid(scheme, scale_OG.dtype)
+    code_OI = grid.unpack(packed_OW, inputs)
     if scheme.symmetric:
-        zero_OG = torch.full(scale_OG.shape, float(2 ** (scheme.bits - 1)))
+        zero_OG = torch.full(scale_OG.shape, grid.implied_zero)
     else:
         packed_GR = read(f"{name}.weight_zero_point").T.contiguous()
         zero_OG = unpack(packed_GR, scheme.bits, outputs).T.float()
-    return decode(code_OI, scale_OG.float(), zero_OG, scale_OG.dtype)
+    return grid.decode(code_OI, scale_OG, zero_OG)
 
 
 def _checked(
@@ -128,7 +109,7 @@ def _checked(
     size = tuple(shape.tolist()) if shape.shape == (2,) else ()
     sound = len(size) == 2 and all(0 < number < 2**31 for number in size)
     sound = sound and scale_OG.is_floating_point()
-    sound = sound and (scheme.grid != LATTICE or size[1] % LATTICE_WIDTH == 0)
+    sound = sound and size[1] % GRIDS[scheme.grid].inputs_per_code == 0
     announced = linear_tensors(name, size, scheme, scale_OG.dtype) if sound else []
     for tensor in announced:
         stored = read(tensor.name)

@@ -12,7 +12,6 @@ from rsq_stream.algorithm.knapsack import Unit, allocate
 from rsq_stream.checkpoint.formats.compressed_tensors import linear_tensors
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import UsageError
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import STAGES, Stage
@@ -185,8 +184,8 @@ def _group(
         scheme = plan.scheme(name, shape[1])
         assert scheme is not None
         for option, bits in enumerate(BITS):
-            wanted = Scheme(bits, scheme.group_size, scheme.symmetric)
-            tensors = linear_tensors(name, shape, wanted, dtype)
+            option_scheme = dataclasses.replace(scheme, bits=bits)
+            tensors = linear_tensors(name, shape, option_scheme, dtype)
             sizes[option] += 8 * sum(tensor.size_bytes for tensor in tensors)
             sums[option] += costs[name][bits] if costs is not None else 0.0
     if not names:
