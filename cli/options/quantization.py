@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.config.schemes import DEFAULT_GRID
 
 CODES = "What decides the codes"
@@ -108,6 +109,16 @@ class Codes:
             " row. Both need rsq_stream.load_model: no runtime reads them.",
         ),
     ] = DEFAULT_GRID
+    output_format: Annotated[
+        str | None,
+        value(
+            CODES,
+            "--format",
+            "|".join(FORMATS),
+            "How codes are stored; a grid that the format has no place for is refused.",
+            "by grid",
+        ),
+    ] = None
     symmetric: Annotated[
         bool,
         flag(

@@ -139,10 +139,9 @@ def settings_of(job: Job) -> "Settings":
         )
     if job.signed_scales and not job.symmetric:
         raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
-    grid = GRIDS[job.grid]
-    if job.signed_scales and not grid.takes_signed_scales:
+    if job.signed_scales and not GRIDS[job.grid].takes_signed_scales:
         raise UsageError(f"--signed-scales: --grid {job.grid} is its own mirror")
-    if job.bpw is not None and not grid.mixed_bits:
+    if job.bpw is not None and not GRIDS[job.grid].mixed_bits:
         raise UsageError(f"--bpw chooses among integers: leave --grid {job.grid} out")
     if job.bpw is not None and job.bits is not None:
         raise UsageError("--bpw chooses the bits: leave --bits out")

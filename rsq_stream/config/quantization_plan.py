@@ -18,7 +18,6 @@ from rsq_stream.config.overrides import Override, parse_override
 from rsq_stream.config.propagation import PropagationFields
 from rsq_stream.config.rotation import RotationFields
 from rsq_stream.config.schemes import (
-    COMPRESSED_TENSORS,
     DEFAULT_GRID,
     GROUP_SIZES,
     HEAD_LINEAR,
@@ -113,7 +112,8 @@ class QuantizationPlan(
     """What codes stand for, by a name of ``algorithm/grids``."""
     tile_weights: int = 0
     """Weights per tile: of a narrow linear more rows than ``tile_rows``."""
-    output_format: str = COMPRESSED_TENSORS
+    output_format: str = "compressed-tensors"
+    """How the output is stored, by a name of ``checkpoint/formats``."""
     maths_version: int = MATHS_VERSION
     device_kind: str = ""
     """Processor and library versions that the bits depend on."""
@@ -167,15 +167,10 @@ class QuantizationPlan(
             self.expand,
             f"1 to the sequence length ({self.sequence_length})",
         )
-        self.check_rotations(self.output_format)
+        self.check_rotations()
         self.check_propagation()
         self.check_importance(self.sequence_length)
         self.check_activations()
-
-    @property
-    def needs_own_loader(self) -> bool:
-        """Whether the output is marked as one that only this tool loads."""
-        return self.rotates_online or self.grid != DEFAULT_GRID
 
     @property
     def sequences(self) -> int:

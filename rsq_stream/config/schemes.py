@@ -13,8 +13,6 @@ HEAD_LINEAR = "lm_head"
 GROUP_SIZES = (32, 64, 128, -1)
 DEFAULT_GRID = "integer"
 """The grid where none is named: all that plans of old could have."""
-COMPRESSED_TENSORS, GRID_FORMAT = "compressed-tensors", "rsq-stream-grid"
-"""The formats of an output: of integers, and of the other grids, which is our own."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ class Settings:
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
     head_bits: int = KEPT
     grid: str = DEFAULT_GRID
+    output_format: str | None = None
+    """By default the format that stores the grid."""
     symmetric: bool = True
     signed_scales: bool = True
     group_scales: str = "dynamic"

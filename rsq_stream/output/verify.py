@@ -16,7 +16,8 @@ import torch
 
 from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.checkpoint.files import FolderFiles
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats import FORMATS
+from rsq_stream.checkpoint.formats.base import Format
 from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
 from rsq_stream.checkpoint.output_tensors import output_tensors
 from rsq_stream.checkpoint.shards import Checkpoint
@@ -69,11 +70,12 @@ def verify(folder: Path, against: Checkpoint | None = None) -> Verification:
     try:
         plan = QuantizationPlan.from_fields(manifest["plan"])
         GRIDS[plan.grid].require_plan(plan)
+        stored = FORMATS[plan.output_format]
         checkpoint = Checkpoint(FolderFiles(folder))
     except (RsqError, TypeError) as error:
         found.problems.append(f"{folder}: {error}")
         return found
-    found.problems += _check_tensors(checkpoint, plan, found)
+    found.problems += _check_tensors(checkpoint, plan, stored, found)
     if against is not None and not found.problems:
         if against.headers_sha256 != plan.source_sha256:
             raise CheckpointError(
@@ -126,7 +128,7 @@ def _check_files(
 
 
 def _check_tensors(
-    checkpoint: Checkpoint, plan: QuantizationPlan, found: Verification
+    checkpoint: Checkpoint, plan: QuantizationPlan, stored: Format, found: Verification
 ) -> list[str]:
     """Compare the tensors that are there with those the plan announces."""
     where = checkpoint.files.where
@@ -136,7 +138,7 @@ def _check_tensors(
 
     def dtype_of(name: str) -> torch.dtype:
         stem = name.removesuffix(".weight")
-        entry = there.get(name) or there.get(f"{stem}.weight_scale")
+        entry = there.get(name) or there.get(stored.typed_tensor(stem))
         return entry.dtype if entry else torch.float32
 
     announced = {
@@ -162,6 +164,7 @@ def _weight_errors(
 ) -> Iterator[tuple[str, float]]:
     """Decode each linear and give its distance from the (rotated) source."""
     architecture = read_architecture(against.config, against.files.where)
+    stored = FORMATS[plan.output_format]
     source = Source(against, architecture, plan, torch.device("cpu"))
     for index in range(architecture.blocks):
         tensors = source.block(index)
@@ -171,7 +174,7 @@ def _weight_errors(
             scheme = plan.scheme(name, weight_OI.shape[1])
             if scheme is None:
                 continue
-            decoded_OI = decode_linear(checkpoint.read, name, scheme)
+            decoded_OI = stored.decode(checkpoint.read, name, scheme)
             lost = (weight_OI - decoded_OI).square().sum(dtype=torch.float64)
             whole = weight_OI.square().sum(dtype=torch.float64)
             yield name, float(lost / whole) if float(whole) > 0 else 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import DamagedError
@@ -84,12 +84,13 @@ class BlockProgress:
         DamagedError
             A tensor in the output is not what was written.
         """
+        stored = FORMATS[self.plan.output_format]
         for stage in STAGES[:done]:
             for linear in stage.linears:
                 name = block_prefix(index) + linear
                 scheme = self.plan.scheme(name, block.weight(linear).shape[1])
                 if scheme is not None:
-                    decoded_OI = decode_linear(self.output.read, name, scheme)
+                    decoded_OI = stored.decode(self.output.read, name, scheme)
                     block.replace_weight(linear, decoded_OI)
 
     def take_up(self, index: int, block: Block, done: int) -> Tensor | None:

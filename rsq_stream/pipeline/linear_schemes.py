@@ -8,7 +8,7 @@ from torch import Tensor
 from rsq_stream.algorithm.gptq.solver import Solution
 from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.grids.base import Grid
-from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
@@ -34,14 +34,15 @@ def keeper(
     source: Source,
     write: Callable[[dict[str, Tensor]], None],
 ) -> Keep:
-    """Give what writes a block's solutions to the output, packed."""
+    """Return what writes a block's solutions to the output, packed."""
     types = source.linear_types(index)
+    stored = FORMATS[plan.output_format]
 
     def keep(linear: str, solution: Solution) -> None:
         name = block_prefix(index) + linear
         scheme = plan.scheme(name, solution.code_OI.shape[1])
         assert scheme is not None
-        write(encode_linear(name, solution, scheme, types[linear]))
+        write(stored.encode(name, solution, scheme, types[linear]))
 
     return keep
 
@@ -49,7 +50,7 @@ def keeper(
 def schemes_and_grids(
     index: int, plan: QuantizationPlan, source: Source, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Scheme], dict[str, Grid]]:
-    """Give scheme and grid of each linear of a block that is quantized, in order."""
+    """Return scheme and grid of each linear of a block that is quantized, in order."""
     schemes, grids = {}, {}
     for linear, dtype in source.linear_types(index).items():
         inputs = tensors[f"{linear}.weight"].shape[1]

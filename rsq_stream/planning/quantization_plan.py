@@ -28,7 +28,7 @@ from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import LINEARS
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.planning.devices import device_kind
-from rsq_stream.planning.validate import require_valid_grid
+from rsq_stream.planning.validate import require_valid_format, require_valid_grid
 
 GPU_TILE_WEIGHTS = 1 << 27
 """Weights that a GPU solves together: with fewer it waits for launches, and each more
@@ -133,7 +133,7 @@ def make_plan(
             architecture, settings, tied=architecture.tied and not rotated
         ),
         grid=settings.grid,
-        output_format=grid.output_format,
+        output_format=settings.output_format or grid.output_format,
         symmetric=settings.symmetric,
         signed_scales=settings.signed_scales
         and settings.symmetric
@@ -176,6 +176,7 @@ def make_plan(
     )
     plan.require_whole_groups(architecture.linear_inputs())
     require_valid_grid(plan)
+    require_valid_format(plan, architecture)
     return plan
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
@@ -61,3 +62,14 @@ def require_valid_grid(plan: QuantizationPlan) -> None:
         With the option, what it must be and what it is.
     """
     GRIDS[plan.grid].require_plan(plan)
+
+
+def require_valid_format(plan: QuantizationPlan, architecture: Architecture) -> None:
+    """Refuse a plan that its format cannot store, and a format that there is not.
+
+    Raises
+    ------
+    UsageError
+        With the option that does not fit, and what would.
+    """
+    FORMATS[plan.output_format].require(plan, architecture)

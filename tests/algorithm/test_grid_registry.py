@@ -15,11 +15,11 @@ from rsq_stream.algorithm.grids._table import TableGrid
 from rsq_stream.errors import UsageError, one_of
 from rsq_stream.output.verify import verify
 from tests.pipeline.test_repair import RUN, stopped
+from tests.support.entries import grid_settings
 from tests.support.toy import (
     calm,
     contents,
     decoded_state,
-    grid_settings,
     linear_names,
     open_toy,
     read_json,

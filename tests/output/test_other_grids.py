@@ -18,16 +18,10 @@ from rsq_stream.algorithm.gptq.solver import decoded
 from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.algorithm.grids.nf import NormalFloat, normal_values
-from rsq_stream.checkpoint.formats._quantization_config import (
-    quantization_config,
-    schemes_of,
-)
-from rsq_stream.checkpoint.formats.compressed_tensors import (
-    decode_linear,
-    encode_linear,
-)
+from rsq_stream.checkpoint.formats._quantization_config import schemes_of
+from rsq_stream.checkpoint.formats.rsq_stream_grid import FORMAT
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import DEFAULT_GRID, Scheme
+from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError, UsageError
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.model.architecture import read_architecture
@@ -41,11 +35,11 @@ from tests.pipeline.test_repair import RUN as SMALL_RUN
 from tests.pipeline.test_repair import flip, goes_on, place_of, stopped
 from tests.pipeline.test_resume import SMALL
 from tests.support.cli_runs import Run
+from tests.support.entries import grid_settings
 from tests.support.toy import (
     calm,
     contents,
     decoded_state,
-    grid_settings,
     linear_names,
     open_toy,
     plan_toy,
@@ -56,7 +50,7 @@ from tests.support.toy import (
 )
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    name: grid_settings(name) for name in GRIDS if name != DEFAULT_GRID
+    name: grid_settings(name) for name, grid in GRIDS.items() if FORMAT.stores(grid)
 }
 RUN: dict[str, Any] = SMALL_RUN | {"sweeps": 1, "refit": True}
 WINDOWS = toy_windows(64, 6, 33, 3).window_BT
@@ -201,8 +195,8 @@ def test_nf_comes_back_from_disk(scheme: Scheme, storage: torch.dtype) -> None:
         storage_type=storage,
     )
     found = round_to_nearest(weight_OI, grid, 32, 4, Pool(1))
-    stored = encode_linear("x", found, scheme, storage)
-    back_OI = decode_linear(stored.__getitem__, "x", scheme)
+    stored = FORMAT.encode("x", found, scheme, storage)
+    back_OI = FORMAT.decode(stored.__getitem__, "x", scheme)
     assert torch.equal(back_OI, decoded(found, grid))
     code_OI = unpack(stored["x.weight_packed"], scheme.bits, 96).long()
     value_OI = normal_values(scheme.bits)[code_OI]
@@ -221,8 +215,8 @@ def test_e8p_comes_back_from_disk() -> None:
         storage_type=torch.bfloat16,
     )
     found = round_to_nearest(weight_OI, grid, -1, 4, Pool(1))
-    stored = encode_linear("x", found, scheme, torch.bfloat16)
-    back_OI = decode_linear(stored.__getitem__, "x", scheme)
+    stored = FORMAT.encode("x", found, scheme, torch.bfloat16)
+    back_OI = FORMAT.decode(stored.__getitem__, "x", scheme)
     assert torch.equal(back_OI, decoded(found, grid))
     index_ON = stored["x.weight_packed"].long() % (1 << 16)
     value_OI = digit_values()[codeword_digits()[index_ON].long()].flatten(1)
@@ -267,7 +261,7 @@ def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
     for settings in SETTINGS.values():
         kept = ["v_proj@1=16"]
         made, _ = plan_toy(toy, **settings, overrides=tuple(kept))
-        config = json.loads(json.dumps(quantization_config(architecture, made)))
+        config = json.loads(json.dumps(FORMAT.quantization_config(made, architecture)))
         schemes = schemes_of({"quantization_config": config}, 2, "there")
         assert schemes is not None
         names = linear_names(2)

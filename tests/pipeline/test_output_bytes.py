@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.grids.integer import IntegerGrid
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats.compressed_tensors import FORMAT
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
@@ -330,4 +330,4 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
     checkpoint = open_toy(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"no tensor named absent\.weight_shape"):
-        decode_linear(checkpoint.read, "absent", Scheme(3, -1, symmetric=True))
+        FORMAT.decode(checkpoint.read, "absent", Scheme(3, -1, symmetric=True))

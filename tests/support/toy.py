@@ -17,11 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.files import FolderFiles
-from rsq_stream.checkpoint.formats._quantization_config import schemes_of
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats._quantization_config import format_of, schemes_of
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
@@ -239,15 +237,17 @@ def decoded_state(output: Path) -> dict[str, Tensor]:
     checkpoint = open_toy(output)
     blocks = checkpoint.config["num_hidden_layers"]
     schemes = schemes_of(checkpoint.config, blocks, str(output))
+    stored = format_of(checkpoint.config, str(output))
     assert schemes is not None
-    state = {}
+    assert stored is not None
+    quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    state = {
+        f"{name}.weight": stored.decode(checkpoint.read, name, scheme)
+        for name, scheme in quantized.items()
+    }
     for name in checkpoint.tensors:
         stem, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
-            scheme = schemes[stem]
-            assert scheme is not None
-            state[f"{stem}.weight"] = decode_linear(checkpoint.read, stem, scheme)
-        elif not kind.startswith("weight_"):
+        if stem not in quantized or kind == "bias":
             state[name] = checkpoint.read(name)
     return state
 
@@ -287,13 +287,6 @@ def quick_folder() -> Path | None:
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 32
     return memory if roomy else None
-
-
-def grid_settings(name: str) -> dict[str, Any]:
-    """Return settings of a toy run with a grid: 3 bits and groups where it has them."""
-    grid = GRIDS[name]
-    bits = 3 if 3 in grid.bit_widths else min(grid.bit_widths)
-    return {"grid": name, "bits": bits, "group_size": 32 if grid.takes_groups else -1}
 
 
 def linear_names(blocks: int) -> list[str]:

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from rsq_stream.algorithm.knapsack import Unit, allocate
-from rsq_stream.checkpoint.formats.compressed_tensors import linear_tensors
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import UsageError
@@ -174,6 +174,7 @@ def _group(
     stage: Stage,
 ) -> _Group | None:
     sizes, sums, names = [0] * len(BITS), [0.0] * len(BITS), []
+    stored = FORMATS[plan.output_format]
     for linear in stage.linears:
         name = block_prefix(block) + linear
         if plan.override(name) is not None:
@@ -185,7 +186,7 @@ def _group(
         assert scheme is not None
         for option, bits in enumerate(BITS):
             option_scheme = dataclasses.replace(scheme, bits=bits)
-            tensors = linear_tensors(name, shape, option_scheme, dtype)
+            tensors = stored.tensors(name, shape, option_scheme, dtype)
             sizes[option] += 8 * sum(tensor.size_bytes for tensor in tensors)
             sums[option] += costs[name][bits] if costs is not None else 0.0
     if not names:
