@@ -19,7 +19,7 @@ from rsq_stream.cli.doctor.kernels import kernel_checks
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.solver import solve
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.integer import IntegerGrid
 from rsq_stream.algorithm.rotation.hadamard import hadamard_product
 from rsq_stream.ops.column_sums import column_sums
 from rsq_stream.ops.e8p import round_lattice
@@ -144,7 +144,13 @@ def products(sizes: Sizes, device: torch.device) -> None:
             continue
         weight_OI = torch.randn(sizes.rows, inputs, device=device)
         factor = factorise(hessian, 0.01, 128, pool)
-        grid = Grid(3, True, True, 2.0, 1, torch.bfloat16)
+        grid = IntegerGrid(
+            bits=3,
+            symmetric=True,
+            signed_scales=True,
+            clip_steps=1,
+            storage_type=torch.bfloat16,
+        )
         rows = 1 << 20 if cuda else 128
         spent_s = seconds(
             lambda f=factor, g=grid, w=weight_OI, r=rows: solve(

@@ -23,7 +23,7 @@ from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.loss import weighted_losses
 from rsq_stream.algorithm.gptq.solver import Solution, solve
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.integer import IntegerGrid
 from rsq_stream.ops.column_layout import laid_out
 from rsq_stream.ops.pack import pack, unpack
 from rsq_stream.planning.quantization_plan import host_tile_rows
@@ -87,10 +87,17 @@ def solver(size: int, device: torch.device, pool: Pool) -> None:
     row("factorisation", factor_s, product, product_s)
     # Not mirrored, as the textbook's: without a search there is nothing to choose.
     plain, searched = (
-        Grid(3, True, False, 2.0, steps, torch.bfloat16) for steps in (1, 80)
+        IntegerGrid(
+            bits=3,
+            symmetric=True,
+            signed_scales=False,
+            clip_steps=steps,
+            storage_type=torch.bfloat16,
+        )
+        for steps in (1, 80)
     )
 
-    def run(weight: torch.Tensor, grid: Grid) -> Solution:
+    def run(weight: torch.Tensor, grid: IntegerGrid) -> Solution:
         return solve(
             weight,
             factor,

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.config.activations import ActivationScheme
-from rsq_stream.config.schemes import GRID_NAMES
 from rsq_stream.errors import OutputError
 
 from ..display.text import exact_size, facts, say, say_json, table
@@ -70,8 +70,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
     """Write the manifest out for a reader."""
     plan, linears = manifest["plan"], manifest["linears"]
     sizes = {name: int(file["bytes"]) for name, file in manifest["files"].items()}
-    grid = "symmetric" if plan["symmetric"] else "asymmetric"
-    grid = GRID_NAMES.get(plan["grid"], grid)
+    grid = GRIDS[plan["grid"]].in_words(symmetric=plan["symmetric"])
     group = "one scale a row" if plan["group_size"] == -1 else str(plan["group_size"])
     online = [plan[name] for name in ("heads_rotation", "mlp_rotation")]
     rows = {

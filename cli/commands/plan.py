@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import GRID_NAMES
 
 from ..display.bits import as_choice, explained, with_bits
 from ..display.forecast import forecast, forecast_rows, tightest_on_host
@@ -82,8 +82,7 @@ def rows(made: "Job") -> dict[str, str]:
     group = "one scale a row" if plan.group_size == -1 else f"{plan.group_size}"
     if execution.fallbacks and plan.group_size != -1:
         group += f"; one scale a row for {', '.join(execution.fallbacks)}"
-    grid = "symmetric" if plan.symmetric else "asymmetric"
-    grid = GRID_NAMES.get(plan.grid, grid)
+    grid = GRIDS[plan.grid].in_words(symmetric=plan.symmetric)
     if plan.signed_scales:
         grid += ", signed scales"
     rotation = plan.residual_rotation

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.events import LinearRecord
 
 from ..display.bits import explained, require_free, with_bits
@@ -90,10 +91,7 @@ def _report(
         return
     for text in notices:
         remark("notice", text)
-    loader = f'AutoModelForCausalLM.from_pretrained("{summary.output}")'
-    loader += "  # transformers, compressed-tensors"
-    if made.plan.needs_own_loader:
-        loader = f'rsq_stream.load_model("{summary.output}")  # and no other loader'
+    loader = FORMATS[made.plan.output_format].loader(made.plan)
     rows = {
         "output": str(summary.output),
         "size": exact_size(summary.output_bytes),
@@ -101,7 +99,7 @@ def _report(
         **_errors(summary.records),
         "time": duration(summary.seconds),
         **serving_rows(serving_of(made)),
-        "load it": loader,
+        "load it": f"{loader.call(str(summary.output))}  # {loader.remark}",
         "compare it": f"rsq-stream eval {summary.output} --text FILE --against {model}",
     }
     say(facts(rows))

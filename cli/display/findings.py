@@ -4,8 +4,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import INTEGER
 from rsq_stream.events import LinearRecord
 
 from .text import linear_kind
@@ -69,17 +69,7 @@ def notices_of(plan: QuantizationPlan, records: Sequence[LinearRecord]) -> list[
             f"{damped} of {len(records)} linears needed more damping than"
             f" {plan.damping:g}: their inputs are nearly dependent"
         )
-    if plan.grid != INTEGER:
-        lines.append(
-            f"no runtime reads --grid {plan.grid}: rsq_stream.load_model gives a"
-            " transformers model with decoded weights"
-        )
-    if not plan.symmetric:
-        lines.append(
-            "transformers loads asymmetric codes only with"
-            " CompressedTensorsConfig(dequantize=True): a bug of compressed-tensors"
-            " 0.18 to 0.20"
-        )
+    lines += FORMATS[plan.output_format].notices(plan)
     if plan.rounds_activations:
         lines.append(
             f"made for rounded activations ({plan.activations_text()}): eval simulates"

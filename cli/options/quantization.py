@@ -5,6 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.checkpoint.formats import FORMATS
+from rsq_stream.config.schemes import DEFAULT_GRID
+
 CODES = "What decides the codes"
 
 
@@ -100,11 +104,21 @@ class Codes:
         value(
             CODES,
             "--grid",
-            "integer|nf|e8p",
+            "|".join(GRIDS),
             "nf: NormalFloat; e8p: an 8-dimensional lattice, for 2 bits and a scale a"
             " row. Both need rsq_stream.load_model: no runtime reads them.",
         ),
-    ] = "integer"
+    ] = DEFAULT_GRID
+    output_format: Annotated[
+        str | None,
+        value(
+            CODES,
+            "--format",
+            "|".join(FORMATS),
+            "How codes are stored; a grid that the format has no place for is refused.",
+            "by grid",
+        ),
+    ] = None
     symmetric: Annotated[
         bool,
         flag(

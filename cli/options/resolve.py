@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.run_options import RunOptions
-from rsq_stream.config.schemes import INTEGER, LATTICE
 from rsq_stream.errors import UsageError, one_of
 
 from ..display.text import parse_size, remark, size
@@ -134,9 +134,9 @@ def settings_of(job: QuantizeOptions) -> "Settings":
         )
     if job.signed_scales and not job.symmetric:
         raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
-    if job.signed_scales and job.grid == LATTICE:
-        raise UsageError(f"--signed-scales: --grid {LATTICE} is its own mirror")
-    if job.bpw is not None and job.grid != INTEGER:
+    if job.signed_scales and not GRIDS[job.grid].takes_signed_scales:
+        raise UsageError(f"--signed-scales: --grid {job.grid} is its own mirror")
+    if job.bpw is not None and not GRIDS[job.grid].mixed_bits:
         raise UsageError(f"--bpw chooses among integers: leave --grid {job.grid} out")
     if job.bpw is not None and job.bits is not None:
         raise UsageError("--bpw chooses the bits: leave --bits out")

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rsq_stream.checkpoint.formats._quantization_config import schemes_of
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats._quantization_config import format_of, schemes_of
 from rsq_stream.checkpoint.manifest import served_scheme
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.activations import ActivationScheme
@@ -18,7 +17,6 @@ from rsq_stream.model.block import Block
 from rsq_stream.model.online_rotation import read_rotations
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 from rsq_stream.model.transformers_layers import Rope, layer_config
-from rsq_stream.ops.pack import packed_words
 
 
 class ModelReader:
@@ -39,9 +37,8 @@ class ModelReader:
         self.config = layer_config(self.architecture.family, checkpoint.config)
         self.epsilon: float = self.config.rms_norm_eps
         self._checkpoint = checkpoint
-        self._schemes = (
-            schemes_of(checkpoint.config, self.architecture.blocks, where) or {}
-        )
+        self._format = format_of(checkpoint.config, where)
+        self._schemes = schemes_of(checkpoint.config, self.architecture, where) or {}
         self.online = read_rotations(checkpoint.config, self.architecture, where)
         self.device = device
         scheme = served_scheme(checkpoint) if scheme is None else scheme
@@ -78,26 +75,17 @@ class ModelReader:
         )
 
     def head_rows(self, first: int, count: int) -> Tensor:
-        """Give some rows of the head, decoded; ``first`` is a multiple of 32."""
+        """Return some rows of the head, decoded; ``first`` is a multiple of 32."""
         tied = self.architecture.tied
         scheme = None if tied else self._schemes.get(HEAD_LINEAR)
         stored, shape = self._checkpoint, self.architecture.outer_shapes()[EMBEDDING]
-        rows_N = torch.arange(first, min(first + count, shape[0]))
-        if scheme is None:
+        rows = range(first, min(first + count, shape[0]))
+        if scheme is None or self._format is None:
             name = EMBEDDING if tied else HEAD
             stored.entry(name, shape)
-            return stored.read_rows(name, rows_N)
-
-        def part(name: str) -> Tensor:
-            kind = name.rpartition(".")[2]
-            if kind == "weight_shape":
-                return stored.read(name) - torch.tensor([shape[0] - len(rows_N), 0])
-            if kind != "weight_zero_point":
-                return stored.read_rows(name, rows_N)
-            words = slice(first * scheme.bits // 32, None)
-            return stored.read(name)[words][: packed_words(len(rows_N), scheme.bits)]
-
-        return self._decoded(HEAD_LINEAR, scheme, (len(rows_N), shape[1]), part)
+            return stored.read_rows(name, torch.arange(rows.start, rows.stop))
+        read = self._format.row_reader(stored, scheme, shape[0], rows)
+        return self._decoded(HEAD_LINEAR, scheme, (len(rows), shape[1]), read)
 
     def final_norm(self) -> Tensor:
         """Give the gain of the norm before the head."""
@@ -145,7 +133,8 @@ class ModelReader:
         shape: tuple[int, ...],
         read: Callable[[str], Tensor] | None = None,
     ) -> Tensor:
-        tensor = decode_linear(read or self._checkpoint.read, linear, scheme)
+        assert self._format is not None
+        tensor = self._format.decode(read or self._checkpoint.read, linear, scheme)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self._checkpoint.files.where}: {linear} decodes to"

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import OutputTensor
-from rsq_stream.checkpoint.formats.compressed_tensors import linear_tensors
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
     HEAD_LINEAR,
@@ -53,7 +53,7 @@ def _stored(
     scheme = plan.scheme(linear, inputs)
     if scheme is None:
         return [OutputTensor(f"{linear}.weight", dtype, shape)]
-    return linear_tensors(linear, (outputs, inputs), scheme, dtype)
+    return FORMATS[plan.output_format].tensors(linear, (outputs, inputs), scheme, dtype)
 
 
 def _outer(architecture: Architecture, name: str) -> tuple[int, ...]:

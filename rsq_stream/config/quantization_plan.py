@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsq_stream.config.activations import ActivationFields
-from rsq_stream.config.grid_checks import check_grid
 from rsq_stream.config.importance import ImportanceFields
 from rsq_stream.config.overrides import Override, parse_override
 from rsq_stream.config.propagation import PropagationFields
 from rsq_stream.config.rotation import RotationFields
 from rsq_stream.config.schemes import (
-    COMPRESSED_TENSORS,
+    DEFAULT_GRID,
     GROUP_SIZES,
     HEAD_LINEAR,
-    INTEGER,
     KEPT,
     Scheme,
 )
@@ -110,11 +108,12 @@ class QuantizationPlan(
     """Output rows per tile of the solve, at least."""
     shard_bytes: int
     """Largest output shard (a single larger tensor gets its own)."""
-    grid: str = INTEGER
-    """What codes stand for: ``integer``, ``nf`` (NormalFloat), ``e8p`` (a lattice)."""
+    grid: str = DEFAULT_GRID
+    """What codes stand for, by a name of ``algorithm/grids``."""
     tile_weights: int = 0
     """Weights per tile: of a narrow linear more rows than ``tile_rows``."""
-    output_format: str = COMPRESSED_TENSORS
+    output_format: str = "compressed-tensors"
+    """How the output is stored, by a name of ``checkpoint/formats``."""
     maths_version: int = MATHS_VERSION
     device_kind: str = ""
     """Processor and library versions that the bits depend on."""
@@ -144,7 +143,6 @@ class QuantizationPlan(
         require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1")
         require(0 <= self.shrinkage <= 99, "shrinkage", self.shrinkage, "0 to 99")
         require(0 <= self.sweeps <= 99, "sweeps", self.sweeps, "0 to 99")
-        check_grid(self, own)
         for name in ("cache_type", "compute_type"):
             require(
                 getattr(self, name) in FLOAT_TYPES,
@@ -169,15 +167,10 @@ class QuantizationPlan(
             self.expand,
             f"1 to the sequence length ({self.sequence_length})",
         )
-        self.check_rotations(self.output_format)
+        self.check_rotations()
         self.check_propagation()
         self.check_importance(self.sequence_length)
         self.check_activations()
-
-    @property
-    def needs_own_loader(self) -> bool:
-        """Whether the output is marked as one that only this tool loads."""
-        return self.rotates_online or self.grid != INTEGER
 
     @property
     def sequences(self) -> int:
@@ -230,6 +223,12 @@ class QuantizationPlan(
     def sha256(self) -> str:
         """Hash of the canonical JSON."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    @property
+    def override_bits(self) -> frozenset[int]:
+        """Bits of the linears that have their own and are quantized."""
+        own = _parsed(self.overrides).values()
+        return frozenset(made.bits for made in own) - {KEPT}
 
     def override(self, linear: str) -> Override | None:
         """Give what a linear, by its full name, has of its own; None for nothing."""

@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-from rsq_stream.config.schemes import COMPRESSED_TENSORS, GRID_FORMAT
 from rsq_stream.errors import require
-
-_MARKED_FORMATS = (COMPRESSED_TENSORS, GRID_FORMAT)
-"""The layouts that can say that other loaders must refuse them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +20,19 @@ class RotationFields:
     mlp_rotation: str = "none"
     """R4, of down's input, done while the model runs, or ``none``."""
 
-    def check_rotations(self, output_format: str) -> None:
-        """Refuse a rotation that is left to be done where nothing would say so.
+    def check_rotations(self) -> None:
+        """Refuse a full rotation of a residual stream that is not rotated.
 
         Raises
         ------
         UsageError
-            The residual stream is not rotated, or the format cannot be marked.
+            The residual stream or the value heads are not rotated.
         """
         if not self.rotates_online:
             return
         folded = "none" not in (self.residual_rotation, self.value_rotation)
         wanted = "portable or none where the residual stream is not rotated"
         require(folded, "rotation", "full", wanted)
-        known = output_format in _MARKED_FORMATS
-        wanted = f"portable or none for {output_format}, which cannot say what is"
-        require(known, "rotation", "full", f"{wanted} left to be done at inference")
 
     @property
     def rotates_online(self) -> bool:

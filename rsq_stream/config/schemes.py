@@ -11,14 +11,8 @@ KEPT = 16
 HEAD_LINEAR = "lm_head"
 """The head by its name as a linear: quantized only where it is named."""
 GROUP_SIZES = (32, 64, 128, -1)
-INTEGER, NORMAL_FLOAT, LATTICE = GRIDS = ("integer", "nf", "e8p")
-"""What codes stand for: whole numbers, quantiles of a normal, points of E8P."""
-GRID_NAMES = {NORMAL_FLOAT: "NormalFloat", LATTICE: "E8P lattice"}
-"""The grids that are not integers, in words."""
-COMPRESSED_TENSORS, GRID_FORMAT = "compressed-tensors", "rsq-stream-grid"
-"""The formats of an output: of integers, and of the other grids, which is our own."""
-LATTICE_WIDTH = 8
-"""Inputs that share a codeword of the lattice."""
+DEFAULT_GRID = "integer"
+"""The grid where none is named: all that plans of old could have."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +23,8 @@ class Scheme:
     group_size: int
     """Inputs per scale, -1 for the whole row."""
     symmetric: bool
-    grid: str = INTEGER
-    """One of ``GRIDS``."""
+    grid: str = DEFAULT_GRID
+    """A name of ``algorithm/grids``."""
 
     def groups(self, inputs: int) -> int:
         """Scales per row."""

@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-from rsq_stream.config.schemes import (
-    INTEGER,
-    KEPT,
-)
+from rsq_stream.config.schemes import DEFAULT_GRID, KEPT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +17,9 @@ class Settings:
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
     head_bits: int = KEPT
-    grid: str = INTEGER
+    grid: str = DEFAULT_GRID
+    output_format: str | None = None
+    """By default the format that stores the grid."""
     symmetric: bool = True
     signed_scales: bool = True
     group_scales: str = "dynamic"

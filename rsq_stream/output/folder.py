@@ -16,20 +16,17 @@ from typing import Any
 from torch import Tensor
 
 from rsq_stream.checkpoint.files import SIDE_FILES
-from rsq_stream.checkpoint.formats._quantization_config import quantization_config
+from rsq_stream.checkpoint.formats import FORMATS
+from rsq_stream.checkpoint.formats.base import json_bytes
 from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
 from rsq_stream.checkpoint.output_tensors import output_is_tied
-from rsq_stream.checkpoint.shards import INDEX, Checkpoint
+from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import OutputError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.output.folder_checks import CARD, CONFIG, SMALL_FILES
-from rsq_stream.output.layout import (
-    bits_per_weight,
-    index_of,
-    plan_layouts,
-)
+from rsq_stream.output.folder_checks import CARD, small_files
+from rsq_stream.output.layout import bits_per_weight, plan_layouts
 from rsq_stream.output.model_card import model_card
 from rsq_stream.output.shard_writer import ShardWriter
 from rsq_stream.storage import atomic
@@ -92,7 +89,7 @@ class OutputFolder:
 
     def _remove_leftovers(self) -> None:
         """Remove small files that a dead run had not finished."""
-        for name in sorted(SMALL_FILES):
+        for name in sorted(small_files()):
             atomic.remove_file(self.path / (name + atomic.PARTIAL))
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -195,14 +192,13 @@ class OutputFolder:
 
         ``source`` has the sha256 of each source shard.
         """
-        config = self._config()
-        contents: dict[str, bytes] = {
-            CONFIG: _json(config),
-            INDEX: _json(index_of(self._layouts)),
-            CARD: model_card(
-                self._plan, self._architecture, records, self._bits_per_weight()
-            ).encode(),
-        }
+        stored = FORMATS[self._plan.output_format]
+        contents = stored.small_files(
+            self._config(), self._plan, self._architecture, self._layouts
+        )
+        contents[CARD] = model_card(
+            self._plan, self._architecture, records, self._bits_per_weight()
+        ).encode()
         for name in SIDE_FILES:
             if self._checkpoint.files.exists(name):
                 contents[name] = self._checkpoint.files.path(name).read_bytes()
@@ -215,7 +211,7 @@ class OutputFolder:
         for name, content in contents.items():
             sha256 = hashlib.sha256(content).hexdigest()
             files[name] = {"bytes": len(content), "sha256": sha256}
-        manifest = _json(
+        manifest = json_bytes(
             {
                 "plan": dataclasses.asdict(self._plan),
                 "plan_sha256": self._plan.sha256,
@@ -237,9 +233,6 @@ class OutputFolder:
     def _config(self) -> dict[str, Any]:
         config = dict(self._checkpoint.config)
         config["tie_word_embeddings"] = output_is_tied(self._architecture, self._plan)
-        quantization = quantization_config(self._architecture, self._plan)
-        if quantization:
-            config["quantization_config"] = quantization
         return config
 
     def _bits_per_weight(self) -> float:
@@ -248,10 +241,6 @@ class OutputFolder:
     def close(self) -> None:
         """Close shards that are not whole yet; they stay partial."""
         self._writer.close()
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _versions() -> dict[str, str]:

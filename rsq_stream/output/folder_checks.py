@@ -3,20 +3,25 @@
 Nothing that a run did not put into a folder is ever touched.
 """
 
-import re
 from pathlib import Path
 
 from rsq_stream.checkpoint.files import SIDE_FILES
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
-from rsq_stream.checkpoint.shards import INDEX
 from rsq_stream.errors import OutputError
 from rsq_stream.storage import atomic
 
-CONFIG = "config.json"
 CARD = "README.md"
-SMALL_FILES = frozenset({CONFIG, INDEX, CARD, MANIFEST, SEAL, *SIDE_FILES})
-"""All that an output may hold beside its shards."""
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def small_files() -> frozenset[str]:
+    """Name all that an output of any format may hold beside its shards."""
+    by_format = (stored.small_file_names for stored in FORMATS.values())
+    return frozenset({CARD, MANIFEST, SEAL, *SIDE_FILES}).union(*by_format)
+
+
+def _is_shard(name: str) -> bool:
+    return any(stored.shard_name.fullmatch(name) for stored in FORMATS.values())
 
 
 def require_usable(path: Path, *, resuming: bool) -> None:
@@ -76,7 +81,8 @@ def discard_unfinished(path: Path) -> None:
     """
     if not path.is_dir() or (path / SEAL).exists():
         return
+    names = small_files()
     for part in sorted(path.iterdir()):
         name = part.name.removesuffix(atomic.PARTIAL)
-        if name in SMALL_FILES or _SHARD.fullmatch(name):
+        if name in names or _is_shard(name):
             atomic.remove_file(part)

@@ -2,8 +2,9 @@
 
 import statistics
 
+from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import GRID_NAMES
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import Architecture
 
@@ -14,22 +15,6 @@ _METHODS = {
     "rtn": "rounding to nearest",
     "rotate": "none; the weights are rotated and otherwise as they were",
 }
-_LOADED_ANYWHERE = (
-    "Load it with transformers and compressed-tensors (0.18 or newer):",
-    "",
-    "```python",
-    "from transformers import AutoModelForCausalLM",
-    'model = AutoModelForCausalLM.from_pretrained("this folder")',
-    "```",
-)
-_LOADED_HERE = (
-    "Other loaders refuse it, as they would get it wrong:",
-    "",
-    "```python",
-    "import rsq_stream",
-    'model = rsq_stream.load_model("this folder")',
-    "```",
-)
 
 
 def model_card(
@@ -42,9 +27,8 @@ def model_card(
     group = (
         "one scale a row" if plan.group_size == -1 else f"groups of {plan.group_size}"
     )
-    grid = "symmetric" if plan.symmetric else "asymmetric"
-    grid = GRID_NAMES.get(plan.grid, grid)
-    marked = plan.needs_own_loader
+    grid = GRIDS[plan.grid].in_words(symmetric=plan.symmetric)
+    loader = FORMATS[plan.output_format].loader(plan)
     fallbacks = sorted(
         {
             made.name.split(".", 3)[-1]
@@ -57,7 +41,7 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        f"tags: [quantized, {'' if marked else 'compressed-tensors, '}rsq-stream]",
+        f"tags: [{', '.join(('quantized', *loader.tags, 'rsq-stream'))}]",
         "---",
         f"# {architecture.family.causal_class},"
         + (f" {_span(bits)}-bit" if records else " rotated"),
@@ -103,8 +87,14 @@ def model_card(
             f"- Relative output error of the linears: median"
             f" {statistics.median(errors):.4f}, worst {max(errors):.4f}"
         )
-    lines += ["", *(_LOADED_HERE if marked else _LOADED_ANYWHERE)]
     lines += [
+        "",
+        loader.introduction,
+        "",
+        "```python",
+        loader.imports,
+        f"model = {loader.call('this folder')}",
+        "```",
         "",
         "Plan, per-linear errors and checksums are in `rsq_stream.json`.",
         "",

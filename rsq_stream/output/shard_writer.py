@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rsq_stream.checkpoint.formats.base import OutputTensor
+from rsq_stream.checkpoint.formats.base import OutputTensor, ShardLayout
 from rsq_stream.errors import DamagedError, OutputError
-from rsq_stream.output.layout import ShardLayout
 from rsq_stream.storage import atomic
 from rsq_stream.storage.atomic import PartialFile
 from rsq_stream.storage.checksum import Checksum

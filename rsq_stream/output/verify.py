@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.checkpoint.files import FolderFiles
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats import FORMATS
+from rsq_stream.checkpoint.formats.base import Format
 from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
 from rsq_stream.checkpoint.output_tensors import output_tensors
 from rsq_stream.checkpoint.shards import Checkpoint
@@ -67,12 +69,14 @@ def verify(folder: Path, against: Checkpoint | None = None) -> Verification:
         return found  # what is damaged is not worth decoding
     try:
         plan = QuantizationPlan.from_fields(manifest["plan"])
+        GRIDS[plan.grid].require_plan(plan)
+        stored = FORMATS[plan.output_format]
         STRATEGIES[plan.importance].require_options(plan, plan.sequence_length)
         checkpoint = Checkpoint(FolderFiles(folder))
     except (RsqError, TypeError) as error:
         found.problems.append(f"{folder}: {error}")
         return found
-    found.problems += _check_tensors(checkpoint, plan, found)
+    found.problems += _check_tensors(checkpoint, plan, stored, found)
     if against is not None and not found.problems:
         if against.headers_sha256 != plan.source_sha256:
             raise CheckpointError(
@@ -125,7 +129,7 @@ def _check_files(
 
 
 def _check_tensors(
-    checkpoint: Checkpoint, plan: QuantizationPlan, found: Verification
+    checkpoint: Checkpoint, plan: QuantizationPlan, stored: Format, found: Verification
 ) -> list[str]:
     """Compare the tensors that are there with those the plan announces."""
     where = checkpoint.files.where
@@ -135,7 +139,7 @@ def _check_tensors(
 
     def dtype_of(name: str) -> torch.dtype:
         stem = name.removesuffix(".weight")
-        entry = there.get(name) or there.get(f"{stem}.weight_scale")
+        entry = there.get(name) or there.get(stored.typed_tensor(stem))
         return entry.dtype if entry else torch.float32
 
     announced = {
@@ -167,6 +171,7 @@ def _weight_errors(
         plan=plan,
         device=torch.device("cpu"),
     )
+    stored = FORMATS[plan.output_format]
     for index in range(architecture.blocks):
         tensors = source.block(index)
         for linear in architecture.linears(index):
@@ -175,7 +180,7 @@ def _weight_errors(
             scheme = plan.scheme(name, weight_OI.shape[1])
             if scheme is None:
                 continue
-            decoded_OI = decode_linear(checkpoint.read, name, scheme)
+            decoded_OI = stored.decode(checkpoint.read, name, scheme)
             lost = (weight_OI - decoded_OI).square().sum(dtype=torch.float64)
             whole = weight_OI.square().sum(dtype=torch.float64)
             yield name, float(lost / whole) if float(whole) > 0 else 0.0

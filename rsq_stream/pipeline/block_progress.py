@@ -10,7 +10,7 @@ import dataclasses
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.errors import DamagedError
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.block import Block
@@ -69,12 +69,13 @@ def replace_solved(run: QuantizationRun, index: int, block: Block, done: int) ->
     DamagedError
         A tensor in the output is not what was written.
     """
+    stored = FORMATS[run.job.plan.output_format]
     for stage in run.job.architecture.stages(index)[:done]:
         for linear in stage.linears:
             name = block_prefix(index) + linear.name
             scheme = run.job.plan.scheme(name, block.weight(linear.name).shape[1])
             if scheme is not None:
-                decoded_OI = decode_linear(run.output.read, name, scheme)
+                decoded_OI = stored.decode(run.output.read, name, scheme)
                 block.replace_weight(linear.name, decoded_OI)
 
 

@@ -18,7 +18,7 @@ from rsq_stream.algorithm.gptq.error_propagation import Drift
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import Solution, decoded, solve
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError, NumericalError
 from rsq_stream.events import LinearRecord

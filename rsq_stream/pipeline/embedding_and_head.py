@@ -7,11 +7,10 @@ none is kept in memory, and of a large vocabulary none is ever whole there.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
-from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR
@@ -21,7 +20,6 @@ from rsq_stream.runtime.worker_pool import Pool
 
 Chunk = dict[str, Tensor]
 """The next rows of one or more tensors of the output, by name."""
-_SHAPE = f"{HEAD_LINEAR}.weight_shape"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Outer:
         """Give the head, rounded to codes where the plan says so; none if tied."""
         if self.source.head_is_tied:
             return
-        shape = self.source.head_shape
+        shape, stored = self.source.head_shape, FORMATS[self.plan.output_format]
         scheme = self.plan.scheme(HEAD_LINEAR, shape[1])
         for weight_RD in self.source.head():
             if scheme is None:
@@ -58,11 +56,9 @@ class Outer:
                 tile_rows=self.plan.tile_rows_of(shape[1]),
                 pool=self.pool,
             )
-            codes = encode_linear(HEAD_LINEAR, solution, scheme, weight_RD.dtype)
-            del codes[_SHAPE]  # that of the chunk
-            yield codes
+            yield stored.encode_rows(HEAD_LINEAR, solution, scheme, weight_RD.dtype)
         if scheme is not None:
-            yield {_SHAPE: torch.tensor(shape)}
+            yield stored.encode_whole(HEAD_LINEAR, shape)
 
     def tensor(self, name: str) -> Iterator[Chunk] | None:
         """Give one of them by its name in the output; None for any other."""

@@ -1,4 +1,4 @@
-"""The grid of a plan: integers, NormalFloat, or the E8P lattice."""
+"""Scheme and grid of each linear of a plan, and what writes its solution."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,25 +6,21 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids.e8p import LatticeGrid
-from rsq_stream.algorithm.grids.integer import Grid
-from rsq_stream.algorithm.grids.nf import NormalFloat
-from rsq_stream.checkpoint.formats.compressed_tensors import encode_linear
+from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.algorithm.grids.base import Grid
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import INTEGER, LATTICE, NORMAL_FLOAT, Scheme
+from rsq_stream.config.schemes import Scheme
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.run import QuantizationRun, Run
-
-_GRIDS = {INTEGER: Grid, NORMAL_FLOAT: NormalFloat, LATTICE: LatticeGrid}
-
 
 WriteSolution = Callable[[str, Solution], None]
 """Writes the codes of a block's linear, by its name in the block."""
 
 
 def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> Grid:
-    """Give the grid of a plan and a scheme's bits, for weights of that stored type."""
-    return _GRIDS[plan.grid](
+    """Return the plan's grid of so many bits, for weights of that stored type."""
+    return GRIDS[plan.grid](
         bits=bits,
         symmetric=plan.symmetric,
         signed_scales=plan.signed_scales,
@@ -39,12 +35,13 @@ def solution_writer(
 ) -> WriteSolution:
     """Return a function that packs a solution of a block's linear, and writes it."""
     types = run.source.linear_types(index)
+    stored = FORMATS[run.job.plan.output_format]
 
     def write_solution(linear: str, solution: Solution) -> None:
         name = block_prefix(index) + linear
         scheme = run.job.plan.scheme(name, solution.code_OI.shape[1])
         assert scheme is not None
-        write(encode_linear(name, solution, scheme, types[linear]))
+        write(stored.encode(name, solution, scheme, types[linear]))
 
     return write_solution
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.rotation.rotation import rotation_name
 from rsq_stream.calibration.text import DATA_SETS
@@ -19,18 +20,19 @@ from rsq_stream.config.overrides import Override, parse_override, resolve
 from rsq_stream.config.propagation import parse_share
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
-    COMPRESSED_TENSORS,
-    GRID_FORMAT,
     HEAD_LINEAR,
-    INTEGER,
     KEPT,
-    LATTICE,
 )
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.planning.devices import device_kind
-from rsq_stream.planning.validate import linear_type, require_valid_importance
+from rsq_stream.planning.validate import (
+    linear_type,
+    require_valid_format,
+    require_valid_grid,
+    require_valid_importance,
+)
 
 GPU_TILE_WEIGHTS = 1 << 27
 """Weights that a GPU solves together: with fewer it waits for launches, and each more
@@ -122,6 +124,7 @@ def make_plan(
             return given
         return usual if ours else without
 
+    grid = GRIDS[settings.grid]
     # Of a file the tokens are hashed; its path decides nothing.
     calibration = settings.calibration if settings.calibration in DATA_SETS else "file"
     cuda = device.type == "cuda"
@@ -134,12 +137,11 @@ def make_plan(
             architecture, settings, tied=architecture.tied and not rotated
         ),
         grid=settings.grid,
-        output_format=COMPRESSED_TENSORS if settings.grid == INTEGER else GRID_FORMAT,
+        output_format=settings.output_format or grid.output_format,
         symmetric=settings.symmetric,
-        # The lattice is its own mirror.
         signed_scales=settings.signed_scales
         and settings.symmetric
-        and settings.grid != LATTICE,
+        and grid.takes_signed_scales,
         group_scales=settings.group_scales,
         clip_exponent=settings.clip_exponent,
         clip_steps=settings.clip_steps,
@@ -178,6 +180,8 @@ def make_plan(
     )
     require_valid_importance(plan, architecture)
     plan.require_whole_groups(architecture.linear_inputs())
+    require_valid_grid(plan)
+    require_valid_format(plan, architecture)
     return plan
 
 

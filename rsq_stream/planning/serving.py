@@ -1,20 +1,15 @@
-"""What it will be like to serve an output: size, room for a KV cache, who takes it.
-
-Who loads which bits was tried with transformers 5.23 and compressed-tensors 0.20, and
-read in the sources of vLLM 0.33 and SGLang 0.5.23.
-"""
+"""What it will be like to serve an output: size, room for a KV cache, who takes it."""
 
 from dataclasses import dataclass
 
+from rsq_stream.checkpoint.formats import FORMATS
+from rsq_stream.checkpoint.formats.base import LOAD_MODEL, ShardLayout
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import HEAD_LINEAR, KEPT
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.output.layout import ShardLayout
 
 KV_BYTES = 2
 """K and V are kept in 16 bits."""
-_EVERYWHERE = {4, 8}
-"""Bits that all of them have kernels for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,17 +55,13 @@ def serving(
 
 def runtimes(architecture: Architecture, plan: QuantizationPlan) -> tuple[str, ...]:
     """Name the runtimes that take a plan's output, and what each needs for it."""
-    if plan.needs_own_loader:
+    stored = FORMATS[plan.output_format]
+    if stored.loader(plan) is LOAD_MODEL:
         return ("rsq_stream.load_model, and no other",)
     bits = _bits(architecture, plan)
     if not bits:
         return ("any that takes the source",)
-    names = ["transformers with compressed-tensors 0.18 or newer"]
-    if not plan.symmetric:
-        names[0] += " (dequantize=True)"
-    if bits <= _EVERYWHERE:
-        return (*names, "vLLM", "SGLang")
-    return (*names, "vLLM (its Humming kernel, sm_75 or newer)")
+    return stored.runtimes(bits, symmetric=plan.symmetric)
 
 
 def _bits(architecture: Architecture, plan: QuantizationPlan) -> set[int]:

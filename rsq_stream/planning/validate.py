@@ -2,7 +2,9 @@
 
 import torch
 
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.importance import STRATEGIES
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import (
@@ -88,3 +90,25 @@ def require_valid_importance(
         whole = not 0 < len(named.intersection(names)) < len(names)
         wanted = f"all or none of {', '.join(names)}: they share a Hessian"
         require(whole, "importance-linears", " ".join(sorted(named)), wanted)
+
+
+def require_valid_grid(plan: QuantizationPlan) -> None:
+    """Refuse a plan that its grid cannot follow, and one of a grid that there is not.
+
+    Raises
+    ------
+    UsageError
+        With the option, what it must be and what it is.
+    """
+    GRIDS[plan.grid].require_plan(plan)
+
+
+def require_valid_format(plan: QuantizationPlan, architecture: Architecture) -> None:
+    """Refuse a plan that its format cannot store, and a format that there is not.
+
+    Raises
+    ------
+    UsageError
+        With the option that does not fit, and what would.
+    """
+    FORMATS[plan.output_format].require(plan, architecture)

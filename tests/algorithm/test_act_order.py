@@ -9,11 +9,17 @@ from rsq_stream.algorithm.gptq.act_order import group_aware_order, put_back, reo
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.solver import solve
-from rsq_stream.algorithm.grids.integer import Grid, decode
+from rsq_stream.algorithm.grids.integer import IntegerGrid, decode
 from rsq_stream.runtime.worker_pool import Pool
 from tests.support.textbook_solver import gptq
 
-GRID = Grid(3, True, True, 2.0, 80, torch.float32)
+GRID = IntegerGrid(
+    bits=3,
+    symmetric=True,
+    signed_scales=True,
+    clip_steps=80,
+    storage_type=torch.float32,
+)
 
 
 @settings(deadline=None)

@@ -33,7 +33,13 @@ TABLES = {
 def grid_of(
     bits: int, storage: torch.dtype = torch.float32, signed: bool = True
 ) -> NormalFloat:
-    return NormalFloat(bits, True, signed, 2.0, 80, storage)
+    return NormalFloat(
+        bits=bits,
+        symmetric=True,
+        signed_scales=signed,
+        clip_steps=80,
+        storage_type=storage,
+    )
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.loss import weighted_losses
 from rsq_stream.algorithm.gptq.solver import Solution, solve
-from rsq_stream.algorithm.grids.integer import Grid, decode
+from rsq_stream.algorithm.grids.integer import IntegerGrid, decode
 from rsq_stream.ops.descent import descend, descend_naive
 from rsq_stream.runtime.worker_pool import Pool
 from tests.support.textbook_solver import Quantized, descent, gptq
@@ -40,18 +40,26 @@ def problem(outputs: int, inputs: int, tile: int = 64) -> tuple[Tensor, Factor, 
     return weight_OI, factorise(hessian, 0.01, tile, Pool(1)), whole_II
 
 
-def grid_of(bits: int, storage: torch.dtype, symmetric: bool = True) -> Grid:
-    return Grid(bits, symmetric, symmetric, 2.0, 80, storage)
+def grid_of(bits: int, storage: torch.dtype, symmetric: bool = True) -> IntegerGrid:
+    return IntegerGrid(
+        bits=bits,
+        symmetric=symmetric,
+        signed_scales=symmetric,
+        clip_steps=80,
+        storage_type=storage,
+    )
 
 
 def solved(
-    weight_OI: Tensor, factor: Factor, grid: Grid, group: int, **options: object
+    weight_OI: Tensor, factor: Factor, grid: IntegerGrid, group: int, **options: object
 ) -> Solution:
     settings = {"dynamic_scales": True, "tile_rows": 32, "pool": Pool(1)}
     return solve(weight_OI, factor, grid, group, **(settings | options))  # type: ignore[arg-type]
 
 
-def loss(weight_OI: Tensor, found: Solution, grid: Grid, whole_II: Tensor) -> Tensor:
+def loss(
+    weight_OI: Tensor, found: Solution, grid: IntegerGrid, whole_II: Tensor
+) -> Tensor:
     """Give each row's loss in float64, values as a loader decodes them."""
     decoded_OI = decode(found.code_OI, found.scale_OG, found.zero_OG, grid.storage_type)
     error_OI = (weight_OI - decoded_OI).double()

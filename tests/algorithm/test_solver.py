@@ -11,7 +11,7 @@ from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import Solution, solve
-from rsq_stream.algorithm.grids.integer import Grid, decode
+from rsq_stream.algorithm.grids.integer import IntegerGrid, decode
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import NumericalError
 from rsq_stream.pipeline.block_solver import record
@@ -77,8 +77,14 @@ def zeros(inputs: int) -> Tensor:
 NASTY = [usual, dead, twins, few_tokens, one_token, condition, zeros]
 
 
-def make_grid(bits: int, symmetric: bool = True) -> Grid:
-    return Grid(bits, symmetric, symmetric, 2.0, 80, STORAGE)
+def make_grid(bits: int, symmetric: bool = True) -> IntegerGrid:
+    return IntegerGrid(
+        bits=bits,
+        symmetric=symmetric,
+        signed_scales=symmetric,
+        clip_steps=80,
+        storage_type=STORAGE,
+    )
 
 
 def hessian_from(matrix_II: Tensor, device: str = "cpu") -> Hessian:
@@ -90,7 +96,7 @@ def hessian_from(matrix_II: Tensor, device: str = "cpu") -> Hessian:
 def solved(
     weight_OI: Tensor,
     matrix_II: Tensor,
-    grid: Grid,
+    grid: IntegerGrid,
     group_size: int,
     *,
     dynamic: bool = True,
@@ -119,7 +125,9 @@ def loss(error_OI: Tensor, matrix_II: Tensor) -> float:
     return float(((error_OI @ symmetric_II) * error_OI).sum())
 
 
-def errors_of(weight_OI: Tensor, found: Solution, grid: Grid) -> tuple[Tensor, Tensor]:
+def errors_of(
+    weight_OI: Tensor, found: Solution, grid: IntegerGrid
+) -> tuple[Tensor, Tensor]:
     """Errors of the solution, and of rounding with the same scales."""
     scale_OG, zero_OG = found.scale_OG.cpu(), found.zero_OG.cpu()
     runs_LC = weight_OI.reshape(scale_OG.numel(), -1)

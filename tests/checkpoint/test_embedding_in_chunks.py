@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsq_stream.checkpoint import source
+from rsq_stream.checkpoint.formats._safetensors import lay_out
 from rsq_stream.checkpoint.formats.base import OutputTensor
 from rsq_stream.checkpoint.shards import SINGLE, Checkpoint
 from rsq_stream.checkpoint.source import CHUNK_BYTES, chunk_rows
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, DamagedError, Interrupted, OutputError
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
-from rsq_stream.output.layout import lay_out
 from rsq_stream.output.shard_writer import ShardWriter
 from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.validate import inspect_checkpoint

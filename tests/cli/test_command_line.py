@@ -40,7 +40,7 @@ JOB_FLAGS = """
     --importance-truncate --importance-bins --importance-reverse --importance-linears
     --importance-exact
     --evict-source --keep-work --method --output --propagate --ram --restart
-    --revision
+    --revision --format
     --rotation --samples --seed --sequence-length --signed-scales --symmetric
     --threads --unsigned-scales --vram --work-dir
 """

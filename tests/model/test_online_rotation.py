@@ -358,7 +358,6 @@ def test_what_cannot_be_built_alike_is_refused(
     [
         ({"residual_rotation": "none"}, "portable or none where the residual stream"),
         ({"value_rotation": "none"}, "portable or none where the residual stream"),
-        ({"output_format": "gptq"}, "portable or none for gptq, which cannot say"),
     ],
 )
 def test_a_plan_that_would_load_wrongly_is_refused(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.grids.integer import Grid, decode
+from rsq_stream.algorithm.grids.integer import IntegerGrid, decode
 from rsq_stream.ops.clip_search import best_scale, best_scale_naive
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,8 +30,16 @@ def random(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=generator)
 
 
-def make_grid(bits: int, kind: str, storage: torch.dtype = torch.float32) -> Grid:
-    return Grid(bits, kind != "zero", kind == "mirrored", 2.0, STEPS, storage)
+def make_grid(
+    bits: int, kind: str, storage: torch.dtype = torch.float32
+) -> IntegerGrid:
+    return IntegerGrid(
+        bits=bits,
+        symmetric=kind != "zero",
+        signed_scales=kind == "mirrored",
+        clip_steps=STEPS,
+        storage_type=storage,
+    )
 
 
 def candidates(target_RC: Tensor, bits: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -176,7 +184,13 @@ def test_scales_and_levels_are_storable(columns, bits, kind, storage, device):
 @each_bits
 def test_search_is_never_worse_than_the_full_range(bits, kind, device):
     target_RC, grid = random(137, 63), make_grid(bits, kind)
-    full = Grid(bits, grid.symmetric, False, 2.0, 1, torch.float32)
+    full = IntegerGrid(
+        bits=bits,
+        symmetric=grid.symmetric,
+        signed_scales=False,
+        clip_steps=1,
+        storage_type=torch.float32,
+    )
     errors = []
     for tried in (grid, full):
         scale_R, zero_R = (part.cpu() for part in tried.search(target_RC.to(device)))

@@ -44,7 +44,9 @@ class OneScale(LatticeGrid):
 
 
 def grid_of(kind: type[LatticeGrid], storage: torch.dtype) -> LatticeGrid:
-    return kind(2, True, False, 2.0, 80, storage)
+    return kind(
+        bits=2, symmetric=True, signed_scales=False, clip_steps=80, storage_type=storage
+    )
 
 
 def codewords() -> Tensor:

@@ -12,16 +12,10 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids.integer import Grid, decode
-from rsq_stream.checkpoint.formats._quantization_config import (
-    quantization_config,
-    schemes_of,
-)
-from rsq_stream.checkpoint.formats.compressed_tensors import (
-    decode_linear,
-    encode_linear,
-    linear_tensors,
-)
+from rsq_stream.algorithm.grids.integer import IntegerGrid, decode
+from rsq_stream.checkpoint.formats import FORMATS
+from rsq_stream.checkpoint.formats._quantization_config import schemes_of
+from rsq_stream.checkpoint.formats.compressed_tensors import FORMAT
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import KernelError, UnsupportedModelError
 from rsq_stream.model.architecture import read_architecture
@@ -123,11 +117,17 @@ def test_pack_is_that_of_compressed_tensors(width, bits):
 
 def solution(
     shape: tuple[int, int], scheme: Scheme, storage: torch.dtype
-) -> tuple[Solution, Grid]:
+) -> tuple[Solution, IntegerGrid]:
     generator = torch.Generator().manual_seed(sum(shape))
     weight_OI = torch.randn(shape, generator=generator) + 0.3
     signed = scheme.symmetric
-    grid = Grid(scheme.bits, scheme.symmetric, signed, 2.0, 4, storage)
+    grid = IntegerGrid(
+        bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        signed_scales=signed,
+        clip_steps=4,
+        storage_type=storage,
+    )
     return round_to_nearest(
         weight_OI, grid, scheme.group_size, tile_rows=50, pool=Pool(1)
     ), grid
@@ -144,13 +144,13 @@ def solution(
 def test_a_linear_comes_back(outputs, inputs, group_size, bits, symmetric, storage):
     scheme = Scheme(bits, group_size, symmetric)
     found, _ = solution((outputs, inputs), scheme, storage)
-    stored = encode_linear("x", found, scheme, storage)
-    announced = linear_tensors("x", (outputs, inputs), scheme, storage)
+    stored = FORMAT.encode("x", found, scheme, storage)
+    announced = FORMAT.tensors("x", (outputs, inputs), scheme, storage)
     assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in announced} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()
     }
     assert all(tensor.is_contiguous() for tensor in stored.values())
-    weight_OI = decode_linear(stored.__getitem__, "x", scheme)
+    weight_OI = FORMAT.decode(stored.__getitem__, "x", scheme)
     expected_OI = decode(found.code_OI, found.scale_OG, found.zero_OG, storage)
     assert torch.equal(weight_OI, expected_OI)
     assert torch.equal(weight_OI, weight_OI.to(storage).float())
@@ -168,7 +168,7 @@ ARCHITECTURE = read_architecture(CONFIG, "config.json")
 def test_compressed_tensors_decodes_the_same(group_size, bits, symmetric, storage):
     theirs = compressed_tensors()
     made = plan(bits=bits, group_size=group_size, symmetric=symmetric)
-    config = quantization_config(ARCHITECTURE, made)
+    config = FORMAT.quantization_config(made, ARCHITECTURE)
     arguments = config["config_groups"]["group_0"]["weights"]
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -178,11 +178,11 @@ def test_compressed_tensors_decodes_the_same(group_size, bits, symmetric, storag
     scheme = made.scheme("x", 96)
     assert scheme is not None
     found, _ = solution((63, 96), scheme, storage)
-    stored = encode_linear("x", found, scheme, storage)
+    stored = FORMAT.encode("x", found, scheme, storage)
     local = {name.removeprefix("x."): tensor for name, tensor in stored.items()}
     compressor = theirs.PackedQuantizationCompressor
     their_OI = compressor.decompress(local, their_scheme)["weight"]
-    our_OI = decode_linear(stored.__getitem__, "x", scheme)
+    our_OI = FORMAT.decode(stored.__getitem__, "x", scheme)
     assert their_OI.dtype == storage
     assert torch.equal(their_OI.float(), our_OI)
 
@@ -195,12 +195,11 @@ def test_schemes_undo_the_config(mlp, bits, group_size, symmetric):
     """Inputs that the group does not divide get one scale a row."""
     architecture = read_architecture(CONFIG | {"intermediate_size": mlp}, "there")
     made = plan(bits=bits, group_size=group_size, symmetric=symmetric)
-    config = quantization_config(architecture, made)
-    blocks = architecture.blocks
-    schemes = schemes_of({"quantization_config": config}, blocks, "there")
+    config = FORMAT.quantization_config(made, architecture)
+    schemes = schemes_of({"quantization_config": config}, architecture, "there")
     assert schemes is not None
     assert schemes.pop("lm_head") is None
-    assert sorted(schemes) == sorted(linear_names(blocks))
+    assert sorted(schemes) == sorted(linear_names(architecture.blocks))
     for name, scheme in schemes.items():
         inputs = architecture.linear_inputs()[name.split(".", 3)[-1]]
         divides = group_size != -1 and inputs % group_size == 0
@@ -222,7 +221,7 @@ def targets(config: dict[str, Any], name: str) -> list[Scheme]:
 
 
 def test_no_quantization_config_is_no_scheme():
-    assert schemes_of(CONFIG, 2, "there") is None
+    assert schemes_of(CONFIG, ARCHITECTURE, "there") is None
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -242,7 +241,9 @@ FOREIGN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_configs_are_refused(name):
-    config = copy.deepcopy(quantization_config(ARCHITECTURE, plan(group_size=-1)))
+    config = copy.deepcopy(
+        FORMAT.quantization_config(plan(group_size=-1), ARCHITECTURE)
+    )
     group = config["config_groups"]["group_0"]
     for key, value in FOREIGN[name].items():
         for place in (config, group, group["weights"]):
@@ -250,9 +251,12 @@ def test_foreign_configs_are_refused(name):
                 place[key] = value
                 break
     with pytest.raises(UnsupportedModelError) as caught:
-        schemes_of({"quantization_config": config}, 2, "there")
+        schemes_of({"quantization_config": config}, ARCHITECTURE, "there")
+    known = "pack-quantized"
+    if name == "another-format":
+        known = " or ".join(stored.config_name for stored in FORMATS.values())
     assert str(caught.value) == (
-        "there: its quantization_config is not pack-quantized of the linears of its"
+        f"there: its quantization_config is not {known} of the linears of its"
         " blocks, as this tool writes it"
     )
 
@@ -260,4 +264,4 @@ def test_foreign_configs_are_refused(name):
 @pytest.mark.parametrize("config", [{}, {"quant_method": "gptq", "bits": 4}])
 def test_configs_of_other_methods_are_refused(config):
     with pytest.raises(UnsupportedModelError, match="is not pack-quantized"):
-        schemes_of({"quantization_config": config}, 2, "there")
+        schemes_of({"quantization_config": config}, ARCHITECTURE, "there")

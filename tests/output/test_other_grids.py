@@ -15,16 +15,11 @@ import rsq_stream
 import rsq_stream.demo
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import decoded
+from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.algorithm.grids.e8p import LatticeGrid
 from rsq_stream.algorithm.grids.nf import NormalFloat, normal_values
-from rsq_stream.checkpoint.formats._quantization_config import (
-    quantization_config,
-    schemes_of,
-)
-from rsq_stream.checkpoint.formats.compressed_tensors import (
-    decode_linear,
-    encode_linear,
-)
+from rsq_stream.checkpoint.formats._quantization_config import schemes_of
+from rsq_stream.checkpoint.formats.rsq_stream_grid import FORMAT
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -33,12 +28,14 @@ from rsq_stream.model.architecture import read_architecture
 from rsq_stream.ops.e8p_codebook import codeword_digits, digit_values
 from rsq_stream.ops.pack import unpack
 from rsq_stream.output.verify import verify
+from rsq_stream.planning.validate import require_valid_grid
 from rsq_stream.runtime.worker_pool import Pool
 from tests.config.test_quantization_plan import plan
 from tests.pipeline.test_repair import RUN as SMALL_RUN
 from tests.pipeline.test_repair import flip, goes_on, place_of, stopped
 from tests.pipeline.test_resume import SMALL
 from tests.support.cli_runs import Run
+from tests.support.entries import grid_settings
 from tests.support.toy import (
     calm,
     contents,
@@ -52,9 +49,8 @@ from tests.support.toy import (
     toy_windows,
 )
 
-GRIDS: dict[str, dict[str, Any]] = {
-    "nf": {"grid": "nf", "bits": 3, "group_size": 32},
-    "e8p": {"grid": "e8p", "bits": 2, "group_size": -1},
+SETTINGS: dict[str, dict[str, Any]] = {
+    name: grid_settings(name) for name, grid in GRIDS.items() if FORMAT.stores(grid)
 }
 RUN: dict[str, Any] = SMALL_RUN | {"sweeps": 1, "refit": True}
 WINDOWS = toy_windows(64, 6, 33, 3).window_BT
@@ -73,10 +69,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_checkpoint(folder, **sizes, straddle=False, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module", params=GRIDS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def made(request: pytest.FixtureRequest, toy: Path) -> tuple[str, Path]:
     output = toy.with_name(f"out-{request.param}")
-    run_toy(toy, output, **RUN, **GRIDS[request.param])
+    run_toy(toy, output, **RUN, **SETTINGS[request.param])
     return request.param, output
 
 
@@ -113,7 +109,7 @@ def test_the_planned_size_is_the_size(made: tuple[str, Path], toy: Path) -> None
     if grid == "e8p":
         assert (packed.dtype, packed.shape) == (torch.int16, (32, 64 // 8))
         assert scale.shape == (32, 1)
-    else:
+    if grid == "nf":
         assert (packed.dtype, packed.shape) == (torch.int32, (32, 64 * 3 // 32))
         assert scale.shape == (32, 2)
 
@@ -158,7 +154,7 @@ def test_the_solver_beats_rounding(made: tuple[str, Path]) -> None:
     linears = read_json(made[1] / "rsq_stream.json")["linears"]
     assert [one["name"] for one in linears] == linear_names(2)
     assert all(one["relative_error"] < one["rounding_error"] for one in linears)
-    assert all(one["bits"] == GRIDS[made[0]]["bits"] for one in linears)
+    assert all(one["bits"] == SETTINGS[made[0]]["bits"] for one in linears)
 
 
 @pytest.mark.parametrize(("block", "stage"), [(0, "mlp in"), (1, "outputs")])
@@ -166,7 +162,7 @@ def test_a_run_that_was_stopped_gives_the_same_bytes(
     made: tuple[str, Path], toy: Path, tmp_path: Path, block: int, stage: str
 ) -> None:
     grid, whole = made
-    settings = RUN | GRIDS[grid]
+    settings = RUN | SETTINGS[grid]
     stopped(toy, tmp_path / "out", block, stage, **settings)
     other = {"in_flight": 1, "resident_units": 0}
     settings |= {"execution": other, "options": {"workers": 2}}
@@ -178,7 +174,7 @@ def test_damaged_codes_are_solved_again(
     made: tuple[str, Path], toy: Path, tmp_path: Path
 ) -> None:
     grid, whole = made
-    settings = RUN | GRIDS[grid]
+    settings = RUN | SETTINGS[grid]
     stopped(toy, tmp_path / "out", 1, "mlp in", **settings)
     (partial,) = (tmp_path / "out").glob("*.partial")
     flip(partial, place_of(partial, "model.layers.1.self_attn.o_proj.weight_packed"))
@@ -191,10 +187,16 @@ def test_damaged_codes_are_solved_again(
 @pytest.mark.parametrize("scheme", [Scheme(b, 32, True, "nf") for b in range(2, 9)])
 def test_nf_comes_back_from_disk(scheme: Scheme, storage: torch.dtype) -> None:
     weight_OI = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    grid = NormalFloat(scheme.bits, True, True, 2.0, 20, storage)
+    grid = NormalFloat(
+        bits=scheme.bits,
+        symmetric=True,
+        signed_scales=True,
+        clip_steps=20,
+        storage_type=storage,
+    )
     found = round_to_nearest(weight_OI, grid, 32, tile_rows=4, pool=Pool(1))
-    stored = encode_linear("x", found, scheme, storage)
-    back_OI = decode_linear(stored.__getitem__, "x", scheme)
+    stored = FORMAT.encode("x", found, scheme, storage)
+    back_OI = FORMAT.decode(stored.__getitem__, "x", scheme)
     assert torch.equal(back_OI, decoded(found, grid))
     code_OI = unpack(stored["x.weight_packed"], scheme.bits, 96).long()
     value_OI = normal_values(scheme.bits)[code_OI]
@@ -205,10 +207,16 @@ def test_nf_comes_back_from_disk(scheme: Scheme, storage: torch.dtype) -> None:
 def test_e8p_comes_back_from_disk() -> None:
     scheme = Scheme(2, -1, True, "e8p")
     weight_OI = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    grid = LatticeGrid(2, True, False, 2.0, 80, torch.bfloat16)
+    grid = LatticeGrid(
+        bits=2,
+        symmetric=True,
+        signed_scales=False,
+        clip_steps=80,
+        storage_type=torch.bfloat16,
+    )
     found = round_to_nearest(weight_OI, grid, -1, tile_rows=4, pool=Pool(1))
-    stored = encode_linear("x", found, scheme, torch.bfloat16)
-    back_OI = decode_linear(stored.__getitem__, "x", scheme)
+    stored = FORMAT.encode("x", found, scheme, torch.bfloat16)
+    back_OI = FORMAT.decode(stored.__getitem__, "x", scheme)
     assert torch.equal(back_OI, decoded(found, grid))
     index_ON = stored["x.weight_packed"].long() % (1 << 16)
     value_OI = digit_values()[codeword_digits()[index_ON].long()].flatten(1)
@@ -216,7 +224,7 @@ def test_e8p_comes_back_from_disk() -> None:
     assert torch.equal(back_OI, (value_OI * scale_O1).bfloat16().float())
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", SETTINGS)
 @pytest.mark.parametrize(
     ("tensor", "changed"),
     [
@@ -236,7 +244,7 @@ def test_numbers_from_disk_are_checked(
     output = toy.with_name(f"rounded-{grid}")
     if not output.exists():
         run_toy(
-            toy, output, method="rtn", **SMALL_RUN | {"propagate": 0.0} | GRIDS[grid]
+            toy, output, method="rtn", **SMALL_RUN | {"propagate": 0.0} | SETTINGS[grid]
         )
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     (shard,) = copy.glob("*.safetensors")
@@ -250,11 +258,11 @@ def test_numbers_from_disk_are_checked(
 def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
     checkpoint = open_toy(toy)
     architecture = read_architecture(checkpoint.config, "there")
-    for settings in GRIDS.values():
+    for settings in SETTINGS.values():
         kept = ["v_proj@1=16"]
         made, _ = plan_toy(toy, **settings, overrides=tuple(kept))
-        config = json.loads(json.dumps(quantization_config(architecture, made)))
-        schemes = schemes_of({"quantization_config": config}, 2, "there")
+        config = json.loads(json.dumps(FORMAT.quantization_config(made, architecture)))
+        schemes = schemes_of({"quantization_config": config}, architecture, "there")
         assert schemes is not None
         names = linear_names(2)
         for name in names:
@@ -263,7 +271,12 @@ def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
         assert schemes["model.layers.1.self_attn.v_proj"] is None
         for key, value in (("grid", "e7p"), ("grid", "integer"), ("format", "x")):
             with pytest.raises(UnsupportedModelError, match="there: its quantization"):
-                schemes_of({"quantization_config": config | {key: value}}, 2, "there")
+                schemes_of(
+                    {"quantization_config": config | {key: value}},
+                    architecture,
+                    "there",
+                )
+    config["grid"] = "e8p"
     group = config["config_groups"]["group_0"]
     for weights in (
         {"num_bits": 3, "group_size": None},
@@ -272,7 +285,7 @@ def test_the_config_comes_back_and_nothing_else_does(toy: Path) -> None:
         changed = {"group_0": group | {"weights": weights}}
         config["config_groups"] = changed
         with pytest.raises(UnsupportedModelError, match="there: its quantization"):
-            schemes_of({"quantization_config": config}, 2, "there")
+            schemes_of({"quantization_config": config}, architecture, "there")
 
 
 E8P: dict[str, Any] = {
@@ -287,7 +300,7 @@ NF: dict[str, Any] = {"grid": "nf"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": "nf4"}, "--grid must be one of integer, nf, e8p, not nf4"),
+        ({"grid": "nf4"}, "--grid must be one of e8p, integer, nf, not nf4"),
         (
             NF | {"symmetric": False},
             "--asymmetric: there are no zero points with --grid nf",
@@ -312,7 +325,7 @@ def test_what_a_grid_cannot_do_is_refused(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        plan(**changes)
+        require_valid_grid(plan(**changes))
     assert str(caught.value).startswith(message)
 
 
@@ -330,12 +343,12 @@ def test_inputs_that_eight_does_not_divide_are_named(tmp_path: Path) -> None:
         r' 172; keep it with --override "down_proj=16"'
     )
     with pytest.raises(UsageError, match=message):
-        run_toy(toy, tmp_path / "out", **GRIDS["e8p"], method="rtn")
+        run_toy(toy, tmp_path / "out", **SETTINGS["e8p"], method="rtn")
     assert not (tmp_path / "out").exists()
     run_toy(
         toy,
         tmp_path / "out",
-        **GRIDS["e8p"],
+        **SETTINGS["e8p"],
         method="rtn",
         overrides=("down_proj=16",),
     )
@@ -364,7 +377,9 @@ def test_the_command_line_refuses(run: Run, options: list[str], message: str) ->
 
 def test_the_command_line_says_what_it_does(run: Run, made: tuple[str, Path]) -> None:
     grid, output = made
-    words = {"nf": "3 bits, NormalFloat", "e8p": "2 bits, E8P lattice"}[grid]
+    words = f"{SETTINGS[grid]['bits']} bits, {GRIDS[grid].title}"
+    known = {"nf": "3 bits, NormalFloat", "e8p": "2 bits, E8P lattice"}
+    assert words == known.get(grid, words)
     code, out, _ = run("inspect", output)
     assert code == 0
     assert words in out

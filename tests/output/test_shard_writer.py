@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from rsq_stream.checkpoint.formats.base import OutputTensor
+from rsq_stream.checkpoint.formats._safetensors import index_of, lay_out
+from rsq_stream.checkpoint.formats.base import OutputTensor, ShardLayout
 from rsq_stream.checkpoint.shards import SINGLE, parse_header
 from rsq_stream.errors import DamagedError, OutputError
-from rsq_stream.output.layout import ShardLayout, index_of, lay_out
 from rsq_stream.output.shard_writer import ShardWriter
 
 MADE = {

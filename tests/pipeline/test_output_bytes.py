@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.integer import IntegerGrid
 from rsq_stream.checkpoint.formats._quantization_config import schemes_of
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats.compressed_tensors import FORMAT
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
+from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.output.verify import verify
 from rsq_stream.runtime.worker_pool import Pool
@@ -106,7 +107,7 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
     transformers 5.23 takes the first group's scheme for all linears.
     """
     config = read_json(folder / "config.json")
-    schemes = schemes_of(config, config["num_hidden_layers"], "here") or {}
+    schemes = schemes_of(config, read_architecture(config, "here"), "here") or {}
     options = {}
     if any(scheme and not scheme.symmetric for scheme in schemes.values()):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
@@ -282,7 +283,13 @@ def test_rounding_is_rounding(tmp_path: Path, symmetric: bool) -> None:
     source = toy_checkpoint(tmp_path / "toy")
     run_toy(source, tmp_path / "out", method="rtn", symmetric=symmetric)
     state, checkpoint = decoded_state(tmp_path / "out"), open_toy(source)
-    grid = Grid(3, symmetric, symmetric, 2.0, 10, torch.float32)
+    grid = IntegerGrid(
+        bits=3,
+        symmetric=symmetric,
+        signed_scales=symmetric,
+        clip_steps=10,
+        storage_type=torch.float32,
+    )
     for name in linear_names(2):
         weight_OI = checkpoint.read(f"{name}.weight")
         group = -1 if weight_OI.shape[1] % 32 else 32
@@ -305,7 +312,7 @@ def test_the_config_says_what_is_where(tmp_path: Path) -> None:
     kept = {k: v for k, v in config.items() if k != "quantization_config"}
     assert kept == read_json(source / "config.json")
     assert config["quantization_config"]["ignore"] == ["lm_head"]
-    schemes = schemes_of(config, config["num_hidden_layers"], "here")
+    schemes = schemes_of(config, read_architecture(config, "here"), "here")
     assert schemes is not None
     # 96 and 172 are no multiples of 64, so every linear falls back to whole rows.
     assert {made.group_size for made in schemes.values() if made} == {-1}
@@ -324,4 +331,4 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
     checkpoint = open_toy(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"no tensor named absent\.weight_shape"):
-        decode_linear(checkpoint.read, "absent", Scheme(3, -1, symmetric=True))
+        FORMAT.decode(checkpoint.read, "absent", Scheme(3, -1, symmetric=True))

@@ -19,14 +19,14 @@ from transformers.utils import logging
 
 from rsq_stream.calibration.windows import Windows
 from rsq_stream.checkpoint.files import FolderFiles
-from rsq_stream.checkpoint.formats._quantization_config import schemes_of
-from rsq_stream.checkpoint.formats.compressed_tensors import decode_linear
+from rsq_stream.checkpoint.formats._quantization_config import format_of, schemes_of
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.settings import Settings
 from rsq_stream.events import Event, Listener, ignore
+from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.families import FAMILIES
 from rsq_stream.model.families.base import GATED_DENSE
 from rsq_stream.model.tensor_names import block_prefix
@@ -248,17 +248,19 @@ def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
 def decoded_state(output: Path) -> dict[str, Tensor]:
     """Give an output's tensors by the names of the model, linears decoded."""
     checkpoint = open_toy(output)
-    blocks = checkpoint.config["num_hidden_layers"]
-    schemes = schemes_of(checkpoint.config, blocks, str(output))
+    architecture = read_architecture(checkpoint.config, str(output))
+    schemes = schemes_of(checkpoint.config, architecture, str(output))
+    stored = format_of(checkpoint.config, str(output))
     assert schemes is not None
-    state = {}
+    assert stored is not None
+    quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    state = {
+        f"{name}.weight": stored.decode(checkpoint.read, name, scheme)
+        for name, scheme in quantized.items()
+    }
     for name in checkpoint.tensors:
         stem, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
-            scheme = schemes[stem]
-            assert scheme is not None
-            state[f"{stem}.weight"] = decode_linear(checkpoint.read, stem, scheme)
-        elif not kind.startswith("weight_"):
+        if stem not in quantized or kind == "bias":
             state[name] = checkpoint.read(name)
     return state
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.ldl import Factor, wide_blocks
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.ops.column_layout import plus_product, product
 
 

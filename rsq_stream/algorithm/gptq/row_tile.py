@@ -16,7 +16,7 @@ from torch import Tensor
 from rsq_stream.algorithm.gptq.ldl import Factor, wide_blocks
 from rsq_stream.algorithm.gptq.loss import squared_norm, weighted_losses
 from rsq_stream.algorithm.gptq.refine import Polish
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.ops.column_layout import empty, laid_out, plus_product, product
 
 _COLUMNS = 2048

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.loss import lost_share
 from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.runtime.worker_pool import Pool
 
 

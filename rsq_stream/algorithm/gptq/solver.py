@@ -26,7 +26,7 @@ from rsq_stream.algorithm.gptq.row_tile import (
     round_tile,
     solve_tile,
 )
-from rsq_stream.algorithm.grids.integer import Grid
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.errors import NumericalError
 from rsq_stream.runtime.worker_pool import Pool
 

@@ -1,18 +1,17 @@
-"""Scalar grids: which values the codes of a group of weights can stand for.
+"""Integers: codes are whole numbers, and runtimes read them.
 
 A code is 0 .. 2**bits - 1 and decodes to round_to_model_type(s (code - z)). On
 the symmetric grid z = 2**(bits-1), so the levels are -2**(bits-1) ..
 2**(bits-1) - 1 times s; a negative s mirrors them, at no cost in the format.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.algorithm.grids.base import picked, shrinking_shares
+from rsq_stream.algorithm.grids.base import Grid, GridPlan, picked, shrinking_shares
 from rsq_stream.ops.clip_search import best_scale
 from rsq_stream.ops.column_sweep import Swept, sweep
 from rsq_stream.ops.descent import descend
@@ -20,28 +19,26 @@ from rsq_stream.ops.rounding import Rounded, round_columns
 from rsq_stream.ops.scale_search import Searched, search_scales
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A family of grids; ``search`` picks scale and zero point for given weights.
+class IntegerGrid(Grid):
+    """Whole numbers around zero, or from a zero point for each group."""
 
-    These are the integers; ``_table.py`` has the others, of values in a table.
-    """
+    output_format: ClassVar[str] = "compressed-tensors"
+    mixed_bits: ClassVar[bool] = True
+    zero_points: ClassVar[bool] = True
 
-    trials: ClassVar[tuple[float, ...]] = ()
-    """Shares of a row's searched scale that are tried too, by the loss they leave."""
+    @classmethod
+    def in_words(cls, *, symmetric: bool) -> str:
+        """Return whether codes lie around zero or have zero points."""
+        return "symmetric" if symmetric else "asymmetric"
 
-    bits: int
-    symmetric: bool
-    signed_scales: bool
-    clip_exponent: float
-    clip_steps: int
-    storage_type: torch.dtype
-    """Type of stored scales and of decoded weights: the model's."""
+    @classmethod
+    def require_plan(cls, plan: GridPlan) -> None:
+        """Take any plan: what all plans are held to is what integers can do."""
 
     @property
-    def top(self) -> int:
-        """The largest code."""
-        return (1 << self.bits) - 1
+    def implied_zero(self) -> float:
+        """The code in the middle, which stands for zero on the symmetric grid."""
+        return float(2 ** (self.bits - 1))
 
     @property
     def _mirrored(self) -> bool:
@@ -51,7 +48,7 @@ class Grid:
     def search(
         self, target_RC: Float[Tensor, "R C"]
     ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
-        """Give scale and zero point per row; scales are exact in the stored type.
+        """Return scale and zero point per row; scales are exact in the stored type.
 
         Candidates are full range times 1.00, 0.99, ... (``clip_steps`` of them),
         rounded to the stored type before they are tried. A row of zeros gets
@@ -60,23 +57,23 @@ class Grid:
         if target_RC.is_cuda:
             return self.search_naive(target_RC)
         by = Searched(
-            shrinking_shares(self.clip_steps, target_RC.device),
-            self.bits,
-            self.symmetric,
-            self._mirrored,
-            self.clip_exponent,
-            self.storage_type,
+            shares_P=shrinking_shares(self.clip_steps, target_RC.device),
+            bits=self.bits,
+            symmetric=self.symmetric,
+            mirrored=self._mirrored,
+            exponent=self.clip_exponent,
+            storage_type=self.storage_type,
         )
         return search_scales(target_RC, by)
 
     def search_naive(
         self, target_RC: Float[Tensor, "R C"]
     ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
-        """Do the same step by step, all rows at once, on any device."""
+        """Search step by step, all rows at once, on any device."""
         low_R, high_R = target_RC.amin(dim=1), target_RC.amax(dim=1)
         if self.symmetric:
             full_R = torch.maximum(-low_R, high_R) / (2 ** (self.bits - 1) - 1)
-            zero_R = torch.full_like(full_R, 2 ** (self.bits - 1))
+            zero_R = torch.full_like(full_R, self.implied_zero)
         else:
             low_R, high_R = low_R.clamp(max=0), high_R.clamp(min=0)
             full_R = (high_R - low_R) / self.top
@@ -85,32 +82,21 @@ class Grid:
         shares_P = shrinking_shares(self.clip_steps, target_RC.device)
         scale_RP = self.stored_sizes(full_R[:, None] * shares_P)
         best_R = best_scale(
-            target_RC, scale_RP, zero_R, self.top, self.clip_exponent, self._mirrored
+            target_RC,
+            scale_RP,
+            zero_R,
+            self.top,
+            exponent=self.clip_exponent,
+            mirrored=self._mirrored,
         )
         return picked(scale_RP, best_R, mirrored=self._mirrored), zero_R
-
-    def stored(self, scale: Tensor) -> Tensor:
-        """Round scales of either sign to the stored type."""
-        return scale.sign() * self.stored_sizes(scale.abs())
-
-    def stored_sizes(self, scale: Tensor) -> Tensor:
-        """Round scales of no sign; what would be stored as 0 or infinity is mended."""
-        info = torch.finfo(self.storage_type)
-        # Whole levels must be finite too: fp16 ends at 65504.
-        largest = info.max / (self.top + 1)
-        stored = scale.clamp(max=largest).to(self.storage_type).float()
-        return torch.where(scale > 0, stored.clamp_(min=info.tiny), 1.0)
 
     def levels(
         self, scale_R: Float[Tensor, "R"], zero_R: Float[Tensor, "R"]
     ) -> Float[Tensor, "R L"]:
-        """Give what each code decodes to, per row, as a loader computes it."""
+        """Return what each code decodes to, per row, as a loader computes it."""
         code_L = torch.arange(self.top + 1, dtype=torch.float32, device=scale_R.device)
         return self.rounded((code_L - zero_R[:, None]) * scale_R[:, None])
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """Round to the model's type and come back to fp32."""
-        return weight.to(self.storage_type).float()
 
     def nearest(
         self,
@@ -118,7 +104,7 @@ class Grid:
         scale_R: Float[Tensor, "R"],
         zero_R: Float[Tensor, "R"],
     ) -> Float[Tensor, "R C"]:
-        """Give the codes of plain rounding to nearest, as fp32 whole numbers."""
+        """Return the codes of plain rounding to nearest, as fp32 whole numbers."""
         code_RC = torch.round(target_RC * (1.0 / scale_R)[:, None]) + zero_R[:, None]
         return code_RC.clamp(0, self.top)
 
@@ -133,7 +119,7 @@ class Grid:
         return round_columns(weight_RC, scale_R, zero_R, level_RL)
 
     def units(self, code: Tensor, zero: Tensor) -> Tensor:
-        """Give what codes stand for before the scale."""
+        """Return what codes stand for before the scale."""
         return code.float() - zero
 
     def sweep(
@@ -157,13 +143,13 @@ class Grid:
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Tensor:
-        """Give better codes for a block of columns (``ops/descent.py``)."""
+        """Return better codes for a block of columns (``ops/descent.py``)."""
         return descend(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
 
     def decode(
         self, code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor
     ) -> Float[Tensor, "O I"]:
-        """Give the weights as a loader will see them, fp32."""
+        """Return the weights as a loader will see them, fp32."""
         return decode(code_OI, scale_OG, zero_OG, self.storage_type)
 
 
@@ -179,3 +165,6 @@ def decode(
     code_OGC = code_OI.reshape(outputs, scale_OG.shape[1], -1).float()
     weight_OGC = (code_OGC - zero_OG[:, :, None].float()) * scale_OG[:, :, None].float()
     return weight_OGC.reshape(outputs, inputs).to(storage_type).float()
+
+
+GRID = IntegerGrid

@@ -145,7 +145,6 @@ GATED_DENSE = (
     ),
 )
 """norm -> attention -> norm -> gated MLP, as all dense families here have it."""
-LINEARS = tuple(linear.name for stage in GATED_DENSE for linear in stage.linears)
 
 
 def gated_dense(config: Mapping[str, Any], block: int) -> tuple[Stage, ...]:

@@ -9,10 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from rsq_stream.algorithm.knapsack import Unit, allocate
-from rsq_stream.checkpoint.formats.compressed_tensors import linear_tensors
+from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import UsageError
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Group
@@ -180,6 +179,7 @@ class _Sizes:
     def of_group(self, block: int, group: Group) -> _Group | None:
         """Return a group's sizes and costs; None if overrides have all its linears."""
         sizes, sums, names = [0] * len(BITS), [0.0] * len(BITS), []
+        stored = FORMATS[self.plan.output_format]
         for linear in group.linears:
             name = block_prefix(block) + linear.name
             if self.plan.override(name) is not None:
@@ -190,8 +190,8 @@ class _Sizes:
             scheme = self.plan.scheme(name, shape[1])
             assert scheme is not None
             for option, bits in enumerate(BITS):
-                wanted = Scheme(bits, scheme.group_size, scheme.symmetric)
-                tensors = linear_tensors(name, shape, wanted, dtype)
+                option_scheme = dataclasses.replace(scheme, bits=bits)
+                tensors = stored.tensors(name, shape, option_scheme, dtype)
                 sizes[option] += 8 * sum(tensor.size_bytes for tensor in tensors)
                 if self.costs is not None:
                     sums[option] += self.costs[name][bits]
