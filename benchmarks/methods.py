@@ -18,16 +18,15 @@ import platform
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import rsq_stream
 from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
-from rsq_stream.events import ignore
 
 _PLAIN = {"propagate": 0.0, "sweeps": 0, "refit": False, "shrinkage": 0.0}
 _ALL = {"shrinkage": 0.0}
@@ -109,31 +108,24 @@ def perplexity(
     folder: Path, options: argparse.Namespace, given: dict[str, Any]
 ) -> float:
     """Measure a folder on the held-out text, as ``eval`` does with options given."""
-    from rsq_stream.cli.options.resolve import open_checkpoint, tokenizer_of
-
-    from rsq_stream.calibration.text import read_text
-    from rsq_stream.checkpoint.manifest import served_scheme
-    from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
-
-    checkpoint = open_checkpoint(str(folder))
-    window_BT = evaluation_windows(
-        read_text(str(options.text), 0),
-        tokenizer_of(checkpoint),
-        options.sequence_length,
-        bos=options.bos,
+    evaluated = rsq_stream.evaluate(
+        folder,
+        options.text,
+        sequence_length=options.sequence_length,
         max_windows=options.max_windows,
-        where=str(options.text),
+        bos=options.bos,
+        activations=given,
+        device="cpu",
+        threads=1,
     )
-    scheme = served_scheme(checkpoint).changed(given)
-    return evaluate(checkpoint, window_BT, scheme=scheme).perplexity
+    return evaluated.evaluation.perplexity
 
 
 def measured(
     task: tuple[argparse.Namespace, dict[str, Any]],
 ) -> tuple[float, float, float]:
     """Quantize and measure once; gives perplexity, seconds, bits per weight."""
-    from rsq_stream.cli.display.bits import with_bits
-    from rsq_stream.cli.options.quantize_options import Job
+    from rsq_stream.cli.options.quantize_options import QuantizeOptions
     from rsq_stream.cli.options.resolve import prepare
 
     from rsq_stream.pipeline.quantize import quantize
@@ -141,7 +133,7 @@ def measured(
     options, row = task
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
+        job = QuantizeOptions(
             calibration=str(options.calibration),
             sequence_length=options.sequence_length,
             output=Path(folder) / "model",
@@ -152,9 +144,8 @@ def measured(
         made = prepare(str(options.model), job, read_calibration=True)
         began = time.monotonic()
         if job.bpw is not None:
-            made, _ = with_bits(made, job.bpw, ignore, threading.Event())
-        parts = (made.checkpoint, made.plan, made.execution, made.options, made.windows)
-        summary = quantize(*parts)
+            made, _ = rsq_stream.choose_bits(made, job.bpw)
+        summary = quantize(made)
         seconds = time.monotonic() - began
         bits = made.execution.bits_per_weight
         given = row.get("eval", {})

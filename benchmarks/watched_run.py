@@ -26,7 +26,6 @@ from typing import Any
 
 import psutil
 import torch
-from rsq_stream.cli.display.text import parse_size
 from rsq_stream.cli.main import main
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -34,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 import rsq_stream.pipeline.bit_allocation.choose_bits
 import rsq_stream.pipeline.quantize
 import rsq_stream.planning.execution_plan  # noqa: F401  all that a run imports counts before its limit
+from rsq_stream.config.run_options import parse_size
 from rsq_stream.pipeline.stage_profile import StageMeter
 from rsq_stream.storage.journal import Journal
 

@@ -22,12 +22,12 @@ from .commands.status import status
 from .commands.sweep import sweep
 from .commands.verify import verify
 from .options.common import Debug
-from .options.quantize_options import takes_job
+from .options.quantize_options import takes_options
 from .signals import INTERRUPTED
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "quantize": takes_job(quantize),
-    "plan": takes_job(plan),
+    "quantize": takes_options(quantize),
+    "plan": takes_options(plan),
     "status": status,
     "inspect": inspect,
     "verify": verify,

@@ -84,6 +84,8 @@ class Notice:
     """Something the user should know, in one line."""
 
     text: str
+    is_warning: bool = False
+    """Whether something may go wrong because of it."""
 
 
 Event = RunStarted | StageStarted | UnitsDone | BlockFinished | ShardFinished | Notice

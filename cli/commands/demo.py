@@ -10,7 +10,7 @@ from pathlib import Path
 from ..display.text import duration, remark, say, say_json, table
 from ..options.common import Debug, DemoBits, DemoOutput, DemoSamples, Json, Quiet
 from ..options.quantize_options import QuantizeOptions
-from ..options.resolve import open_checkpoint, pick_workers, prepare, tokenizer_of
+from ..options.resolve import prepare
 
 METHODS = ("rtn", "gptq", "quarot", "rsq")
 _BITS = (3, 2)
@@ -85,6 +85,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]:
     """Give the source's line, then one per number of bits and method."""
+    from rsq_stream.checkpoint.opening import open_checkpoint
     from rsq_stream.demo import CALIBRATION, MODEL
     from rsq_stream.pipeline.quantize import quantize
 
@@ -104,7 +105,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
     )
     for bits in all_bits:
         for method in METHODS:
-            job = QuantizeOptions(
+            options = QuantizeOptions(
                 method=method,
                 bits=bits,
                 group_size=_GROUP_SIZES.get(bits, -1),
@@ -114,13 +115,13 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
                 output=folder / f"{method}-{bits}bit",
                 device="cpu",
             )
-            made = prepare(str(MODEL), job, read_calibration=True)
+            made = prepare(str(MODEL), options, read_calibration=True)
             summary = quantize(made)
             perplexity, sample = _tried(summary.output)
             yield Line(
                 method=method,
                 bits=bits,
-                group_size=job.group_size,
+                group_size=options.group_size,
                 perplexity=perplexity,
                 bytes=made.execution.output_bytes,
                 bits_per_weight=made.execution.bits_per_weight,
@@ -132,9 +133,11 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
 def _tried(folder: Path) -> tuple[float, str]:
     """Give a model's perplexity on the held-out text, and what it says."""
     from rsq_stream.calibration.text import read_text
+    from rsq_stream.checkpoint.opening import open_checkpoint, tokenizer_of
     from rsq_stream.demo import HELD_OUT
     from rsq_stream.evaluation.generation import greedy_sample
     from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
+    from rsq_stream.planning.devices import pick_workers
 
     checkpoint = open_checkpoint(str(folder))
     window_BT = evaluation_windows(

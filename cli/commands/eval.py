@@ -1,10 +1,8 @@
 """``rsq-stream eval``: perplexity of a source or quantized model, block by block."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsq_stream.errors import CalibrationError, UsageError
 from rsq_stream.events import Event, Listener, RunStarted, StageStarted, UnitsDone
 
 from ..display.progress import shown
@@ -33,14 +31,11 @@ from ..options.common import (
     Threads,
     WindowLength,
 )
-from ..options.resolve import open_checkpoint, pick_device, pick_workers, tokenizer_of
 
 if TYPE_CHECKING:
+    from rsq_stream.api import Evaluated
     from rsq_stream.checkpoint.shards import Checkpoint
     from rsq_stream.config.activations import ActivationScheme
-
-_LONGEST = 2048
-_ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
 def evaluate_model(
@@ -80,108 +75,65 @@ def evaluate_model(
         "kv_symmetric": kv_symmetric,
         "kv_clip": kv_clip,
     }
-    require_text(text)
-    for option, value in (
-        ("--sequence-length", sequence_length),
-        ("--max-windows", max_windows),
-        ("--sample-tokens", sample_tokens),
-        ("--threads", threads),
-    ):
-        least = 2 if option == "--sequence-length" else 1
-        if value is not None and value < least:
-            raise UsageError(f"{option} must be {least} or more, not {value}")
-    place = pick_device(device)
-    checkpoint = open_checkpoint(model)
-    other = open_checkpoint(against) if against is not None else None
+    from rsq_stream import api
+    from rsq_stream.checkpoint.opening import open_checkpoint
 
-    from rsq_stream.calibration.text import read_text
-    from rsq_stream.checkpoint.manifest import served_scheme
-    from rsq_stream.evaluation.generation import greedy_sample
-    from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
-
-    made_for = served_scheme(checkpoint)
-    scheme = made_for.changed(given)
-    length = window_length(checkpoint, sequence_length)
-    window_BT = evaluation_windows(
-        read_text(text, 0, "--text"),
-        tokenizer_of(checkpoint),
-        length,
-        bos=bos,
-        max_windows=max_windows,
-        where=text,
-    )
+    models = [model] if against is None else [model, against]
+    opened = [open_checkpoint(name) for name in models]
     with shown(silent=quiet or as_json) as listener:
-        models = [checkpoint, other] if other else [checkpoint]
-        found = evaluate(
-            checkpoint,
-            window_BT,
-            against=other,
-            scheme=scheme,
-            workers=pick_workers(threads, place),
-            device=place,
-            listener=_in_sequence(listener, models),
+        evaluated = api.evaluate(
+            opened[0],
+            text,
+            against=opened[1] if against is not None else None,
+            sequence_length=sequence_length,
+            max_windows=max_windows,
+            bos=bos,
+            activations=given,
+            sample=sample,
+            sample_tokens=sample_tokens,
+            device=device,
+            threads=threads,
+            listener=_in_sequence(listener, opened),
         )
-    result: dict[str, Any] = {"model": model, "text": text, "sequence_length": length}
-    result |= dataclasses.asdict(found)
-    result["simulated"] = dataclasses.asdict(scheme)
-    result["as_calibrated"] = scheme == made_for
-    if sample is not None:
-        result["sample"] = greedy_sample(
-            checkpoint, sample, sample_tokens, scheme=scheme, device=place
-        )
+    result = as_object(model, text, evaluated)
     if as_json:
         say_json(result)
-    else:
-        rows = _rows(result, against) | _simulated(scheme, made_for)
-        if other is not None and (its_own := served_scheme(other)).rounds_activations:
-            rows["simulated of it"] = its_own.activations_text()
-        say(facts(rows))
-        if sample is not None:
-            say(f"\n{result['sample']}")
+        return
+    rows = _rows(result, against)
+    rows |= _simulated(evaluated.simulated, evaluated.calibrated_for)
+    its_own = evaluated.against
+    if its_own is not None and its_own.rounds_activations:
+        rows["simulated of it"] = its_own.activations_text()
+    say(facts(rows))
+    if sample is not None:
+        say(f"\n{evaluated.sample}")
 
 
-def require_text(text: str, option: str = "--text") -> None:
-    """Refuse an evaluation text that is no file, or not of a known kind.
-
-    Errors name the file as the value of ``option``.
-
-    Raises
-    ------
-    CalibrationError
-        It is one or the other.
-    """
-    path = Path(text)
-    if not path.is_file():
-        raise CalibrationError(f"{option} {text}: no such file")
-    if path.suffix not in _ENDINGS:
-        wanted = ", ".join(_ENDINGS)
-        raise CalibrationError(f"{option} {text}: must end in one of {wanted}")
-
-
-def window_length(checkpoint: "Checkpoint", wanted: int | None) -> int:
-    """Give the tokens per window: as asked, else 2048 or the model's limit."""
-    return wanted or min(_LONGEST, _architecture(checkpoint).longest)
-
-
-def _architecture(checkpoint: "Checkpoint") -> Any:
-    from rsq_stream.model.architecture import read_architecture
-
-    return read_architecture(checkpoint.config, checkpoint.files.where)
+def as_object(model: str, text: str, evaluated: "Evaluated") -> dict[str, Any]:
+    """Return an evaluation as JSON takes it."""
+    return {
+        "model": model,
+        "text": text,
+        "sequence_length": evaluated.sequence_length,
+        **dataclasses.asdict(evaluated.evaluation),
+        "simulated": dataclasses.asdict(evaluated.simulated),
+        "as_calibrated": evaluated.simulated == evaluated.calibrated_for,
+        **({} if evaluated.sample is None else {"sample": evaluated.sample}),
+    }
 
 
 def _in_sequence(listener: Listener, models: "list[Checkpoint]") -> Listener:
     """Count the blocks of all models on: evaluation begins again with each model."""
-    listener(
-        RunStarted(
-            blocks=sum(_architecture(model).blocks for model in models),
-            first_block=0,
-            tokens=0,
-        )
-    )
+    from rsq_stream.model.architecture import read_architecture
+
+    blocks = (read_architecture(m.config, m.files.where).blocks for m in models)
+    started = RunStarted(blocks=sum(blocks), first_block=0, tokens=0)
     block = -1
 
     def listen(event: Event) -> None:
         nonlocal block
+        if block < 0:
+            listener(started)
         block += isinstance(event, StageStarted)
         if isinstance(event, StageStarted | UnitsDone):
             event = dataclasses.replace(event, block=block)

@@ -1,7 +1,5 @@
 """``rsq-stream inspect``: what a quantized folder says of itself."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rsq_stream.algorithm.grids import GRIDS
@@ -11,8 +9,6 @@ from rsq_stream.errors import OutputError
 from ..display.text import exact_size, facts, say, say_json, table
 from ..options.common import AllLinears, Debug, Json, OutputFolder, Quiet
 
-_MANIFEST = "rsq_stream.json"
-_LARGEST_BYTES = 100_000_000
 _WORST = 10
 
 
@@ -26,6 +22,8 @@ def inspect(
 ) -> None:
     """Show bits per weight, files and per-linear errors of a quantized folder."""
     del quiet, debug
+    from rsq_stream.checkpoint.manifest import MANIFEST, read_manifest
+
     manifest = read_manifest(output)
     if as_json:
         say_json(manifest)
@@ -34,36 +32,10 @@ def inspect(
         text = described(manifest, all_linears=all_linears)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise OutputError(
-            f"{output / _MANIFEST}: lacks what this tool writes there"
+            f"{output / MANIFEST}: lacks what this tool writes there"
             f" ({type(error).__name__}: {error}); it is damaged or of another version"
         ) from error
     say(text)
-
-
-def read_manifest(output: Path) -> dict[str, Any]:
-    """Read what the run wrote about itself, within bounds.
-
-    Raises
-    ------
-    OutputError
-        It is missing, too large, or no JSON object.
-    """
-    path = output / _MANIFEST
-    if not path.is_file():
-        raise OutputError(
-            f"{path}: missing; {output} is no finished output of rsq-stream"
-            if output.is_dir()
-            else f"{output}: no such folder"
-        )
-    if path.stat().st_size > _LARGEST_BYTES:
-        raise OutputError(f"{path}: larger than any file of its kind")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise OutputError(f"{path}: not valid JSON ({error}); it is damaged") from error
-    if not isinstance(content, dict):
-        raise OutputError(f"{path}: a JSON object was expected; it is damaged")
-    return content
 
 
 def described(manifest: dict[str, Any], *, all_linears: bool) -> str:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.events import LinearRecord
 
-from ..display.bits import explained, require_free, with_bits
+from ..display.bits import explained, require_free
 from ..display.findings import notices_of, warnings_of
-from ..display.forecast import compared, forecast, stage_table
+from ..display.forecast import compared, stage_table
+from ..display.plan_table import as_object, show, warn_about_room
 from ..display.progress import shown
 from ..display.serving import serving_of, serving_rows
 from ..display.text import duration, exact_size, facts, remark, say, say_aside, say_json
@@ -18,7 +19,6 @@ from ..options.common import Debug, DryRun, Json, Model, Quiet
 from ..options.quantize_options import QuantizeOptions
 from ..options.resolve import prepare
 from ..signals import StopRequest
-from .plan import as_object, show, warn_about_room
 
 if TYPE_CHECKING:
     from rsq_stream.pipeline.job import Job, RunSummary
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def quantize(
     model: Model,
     *,
-    job: QuantizeOptions,
+    options: QuantizeOptions,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -35,14 +35,18 @@ def quantize(
 ) -> None:
     """Quantize a model; the same command goes on where a run stopped."""
     del debug
-    made = prepare(model, job, read_calibration=True)
+    made = prepare(model, options, read_calibration=True)
     silent = quiet or as_json
-    if job.bpw is not None:
+    if options.bpw is not None:
+        from rsq_stream.api import choose_bits
+
         require_free(made)
         if not silent:
             remark("notice", "measuring what bits cost; then the run itself")
         with StopRequest() as stop, shown(silent=silent) as listener:
-            made, choice = with_bits(made, job.bpw, listener, stop.event)
+            made, choice = choose_bits(
+                made, options.bpw, listener=listener, stop=stop.event
+            )
         if not silent:
             say_aside(explained(made, choice))
     warn_about_room(made)
@@ -51,6 +55,7 @@ def quantize(
         return
 
     from rsq_stream.pipeline.quantize import quantize as run
+    from rsq_stream.planning.time_estimate import forecast
 
     expected = forecast(made)
     with StopRequest() as stop, shown(silent=silent) as listener:

@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..display.text import exact_size, facts, remark, say, say_json, table
 from ..options.common import Debug, Json, OutputFolder, Quiet, VerifyAgainst
-from ..options.resolve import open_checkpoint
+
+if TYPE_CHECKING:
+    from rsq_stream.output.verify import Verification
 
 _WORST = 10
 
@@ -22,24 +25,23 @@ def verify(
 ) -> None:
     """Check every file, tensor and bit of an output; exit 1 if anything is off."""
     del debug
-    from rsq_stream.output.verify import verify as check
+    from rsq_stream import api
 
-    found = check(output, open_checkpoint(against) if against else None)
+    found = api.verify(output, against=against)
     if as_json:
         say_json(asdict(found))
     elif not quiet:
-        _report(output, found.files, found.bytes, found.tensors, found.weight_errors)
+        _report(output, found)
     for problem in found.problems:
         remark("error", problem)
     if found.problems:
         raise typer.Exit(1)
 
 
-def _report(
-    output: Path, files: int, size: int, tensors: int, errors: dict[str, float]
-) -> None:
-    checked = f"{files} ({exact_size(size)})"
-    say(facts({"output": str(output), "files": checked, "tensors": str(tensors)}))
+def _report(output: Path, found: "Verification") -> None:
+    files, errors = f"{found.files} ({exact_size(found.bytes)})", found.weight_errors
+    rows = {"output": str(output), "files": files, "tensors": str(found.tensors)}
+    say(facts(rows))
     if errors:
         worst = sorted(errors, key=lambda name: -errors[name])[:_WORST]
         say("\nlargest |W - Q|^2 / |W|^2:")

@@ -1,10 +1,7 @@
 """``--bpw``: measure what bits cost, choose them, and say what was chosen and why."""
 
-import dataclasses
-import threading
 from typing import TYPE_CHECKING, Any
 
-from rsq_stream.events import Listener
 from rsq_stream.model.tensor_names import block_prefix
 
 from .text import facts
@@ -12,34 +9,6 @@ from .text import facts
 if TYPE_CHECKING:
     from rsq_stream.pipeline.bit_allocation.choose_bits import Choice
     from rsq_stream.pipeline.job import Job
-
-
-def with_bits(
-    made: "Job", bpw: float, listener: Listener, stop: threading.Event
-) -> tuple["Job", "Choice"]:
-    """Measure, unless that was done, and give the plan with the bits it chose."""
-    from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits
-    from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
-    from rsq_stream.planning.execution_plan import plan_execution
-
-    checkpoint, architecture, options = made.checkpoint, made.architecture, made.options
-    measuring = measuring_plan(made.plan)
-    # Libraries and text that came since are in what each plan has to spare.
-    used = made.execution.used_bytes
-    execution = plan_execution(
-        checkpoint, architecture, measuring, options, measures=True, used_bytes=used
-    )
-    costs = measure(
-        dataclasses.replace(made, plan=measuring, execution=execution),
-        listener=listener,
-        stop=stop,
-    )
-    choice = choose_bits(checkpoint, architecture, made.plan, costs=costs, bpw=bpw)
-    execution = plan_execution(
-        checkpoint, architecture, choice.plan, options, used_bytes=used
-    )
-    chosen = dataclasses.replace(made, plan=choice.plan, execution=execution)
-    return chosen, choice
 
 
 def as_choice(choice: "Choice") -> dict[str, Any]:

@@ -66,6 +66,16 @@ def worst_of(records: tuple[LinearRecord, ...]) -> str:
     return f"worst {linear_kind(worst.name)} {worst.relative_error:.4f}"
 
 
+def announce(event: Event) -> None:
+    """Write notices and warnings to stderr, and nothing else."""
+    if isinstance(event, Notice):
+        remark(_kind(event), event.text)
+
+
+def _kind(event: Notice) -> str:
+    return "warning" if event.is_warning else "notice"
+
+
 class Lines:
     """One plain line per block, for logs and pipes."""
 
@@ -78,7 +88,7 @@ class Lines:
         if isinstance(event, RunStarted) and event.first_block:
             remark("notice", _going_on(event))
         elif isinstance(event, Notice):
-            remark("notice", event.text)
+            announce(event)
         elif isinstance(event, BlockFinished):
             left = self._pace.left_s
             parts = [
@@ -127,7 +137,7 @@ class LiveLine:
         """Render one event."""
         self._pace.take(event)
         if isinstance(event, Notice):
-            self._bar.console.print(f"notice: {event.text}", markup=False)
+            self._bar.console.print(f"{_kind(event)}: {event.text}", markup=False)
         elif isinstance(event, RunStarted) and event.first_block:
             self._bar.console.print(f"notice: {_going_on(event)}", markup=False)
         elif isinstance(event, StageStarted):

@@ -1,34 +1,10 @@
-"""How sizes, times and tables are written, and read back from an option."""
+"""How sizes, times and tables are written."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
-
-from rsq_stream.errors import UsageError
-
-_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
-
-
-def parse_size(option: str, text: str) -> int:
-    """Read a size in bytes: ``8GiB`` and ``2g`` count in 1024s, ``500MB`` in 1000s.
-
-    Raises
-    ------
-    UsageError
-        The text is no size, or less than one byte.
-    """
-    found = _SIZE.fullmatch(text.strip())
-    if found is not None:
-        number, unit, ending = found.groups()
-        base = 1000 if (ending or "").lower() == "b" else 1024
-        size = int(float(number) * base ** _UNITS[unit.lower()])
-        if size >= 1:
-            return size
-    raise UsageError(f"{option} must be a size such as 8GiB, 500MB or 2g, not {text!r}")
 
 
 def size(size_bytes: int) -> str:

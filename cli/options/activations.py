@@ -7,7 +7,7 @@ the place of what the model's folder says.
 from dataclasses import dataclass
 from typing import Annotated
 
-from .quantization import flag, value
+from .declare import flag, value
 
 _PANEL = "Activations as served (simulated)"
 _AS_MADE = "; eval: as calibrated"
@@ -19,7 +19,7 @@ ActivationBits = Annotated[
         "--activation-bits",
         "2..8|16",
         "Of the input of every linear but the head, scaled anew for each token.",
-        f"16, none{_AS_MADE}",
+        default=f"16, none{_AS_MADE}",
     ),
 ]
 ActivationGroupSize = Annotated[
@@ -29,7 +29,7 @@ ActivationGroupSize = Annotated[
         "--activation-group-size",
         "N|-1",
         "Inputs of a token that share a scale; -1 is one scale a token.",
-        f"-1{_AS_MADE}",
+        default=f"-1{_AS_MADE}",
     ),
 ]
 ActivationSymmetric = Annotated[
@@ -38,7 +38,7 @@ ActivationSymmetric = Annotated[
         _PANEL,
         "--activation-symmetric/--activation-asymmetric",
         "Levels around zero, or a zero point.",
-        f"symmetric{_AS_MADE}",
+        default=f"symmetric{_AS_MADE}",
     ),
 ]
 ActivationClip = Annotated[
@@ -48,7 +48,7 @@ ActivationClip = Annotated[
         "--activation-clip",
         "SHARE",
         "How much of a token's range the levels span.",
-        f"1{_AS_MADE}",
+        default=f"1{_AS_MADE}",
     ),
 ]
 KvBits = Annotated[
@@ -58,7 +58,7 @@ KvBits = Annotated[
         "--kv-bits",
         "2..8|16",
         "Of K and V, with a scale for each token and KV head; K is rotated online.",
-        f"16, none{_AS_MADE}",
+        default=f"16, none{_AS_MADE}",
     ),
 ]
 KvSymmetric = Annotated[
@@ -67,7 +67,7 @@ KvSymmetric = Annotated[
         _PANEL,
         "--kv-symmetric/--kv-asymmetric",
         "Levels around zero, or a zero point.",
-        f"symmetric{_AS_MADE}",
+        default=f"symmetric{_AS_MADE}",
     ),
 ]
 KvClip = Annotated[
@@ -77,7 +77,7 @@ KvClip = Annotated[
         "--kv-clip",
         "SHARE",
         "How much of the range of a token's head the levels span.",
-        f"1{_AS_MADE}",
+        default=f"1{_AS_MADE}",
     ),
 ]
 

@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import typer
 import typer.main
 
-from .quantize_options import QuantizeOptions, takes_job
+from .quantize_options import QuantizeOptions, takes_options
 
 _KINDS = {
     int: "a whole number",
@@ -76,11 +76,11 @@ def as_kind(kind: type, value: object) -> Any:
 def job_options() -> dict[str, JobOption]:
     """Return every option that is a field of ``QuantizeOptions``, by its name."""
 
-    def command(*, job: QuantizeOptions) -> None:
-        del job
+    def command(*, options: QuantizeOptions) -> None:
+        del options
 
     app = typer.Typer(add_completion=False)
-    app.command()(takes_job(command))
+    app.command()(takes_options(command))
     hints = get_type_hints(QuantizeOptions)
     found = {}
     for parameter in typer.main.get_command(app).params:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from rsq_stream.algorithm.importance import STRATEGIES
-from rsq_stream.errors import UsageError, one_of
+from rsq_stream.errors import one_of
 
-from .quantization import flag, value
+from .declare import flag, value
 
 _PANEL = "Token importance"
 
@@ -22,7 +22,7 @@ class Importance:
             "--importance",
             "STRATEGY",
             f"How much each token counts: {one_of(tuple(STRATEGIES))}.",
-            "attncon for rsq, else uniform",
+            default="attncon for rsq, else uniform",
         ),
     ] = None
     importance_min: Annotated[
@@ -32,7 +32,7 @@ class Importance:
             "--importance-min",
             "R",
             "Weight of the least important token.",
-            "min(1, 20 / sequence length)",
+            default="min(1, 20 / sequence length)",
         ),
     ] = None
     importance_max: Annotated[
@@ -46,7 +46,7 @@ class Importance:
             "--importance-tokens",
             "N",
             "How many tokens count, in all or at each end, for strategies that take N.",
-            "the strategy's share of the window",
+            default="the strategy's share of the window",
         ),
     ] = None
     importance_chunks: Annotated[
@@ -57,7 +57,7 @@ class Importance:
             "C,C,.../T",
             "Which of T equal parts of a window count, from 0, for strategies that take"
             " parts.",
-            "none",
+            default="none",
         ),
     ] = ""
     importance_power: Annotated[
@@ -134,7 +134,12 @@ class Importance:
     ] = 0
     importance_reverse: Annotated[
         bool,
-        flag(_PANEL, "--importance-reverse", "The lowest scores weigh most.", False),
+        flag(
+            _PANEL,
+            "--importance-reverse",
+            "The lowest scores weigh most.",
+            default=False,
+        ),
     ] = False
     importance_exact: Annotated[
         bool,
@@ -142,7 +147,7 @@ class Importance:
             _PANEL,
             "--importance-exact",
             "Do not round token weights to bf16, which makes bf16 Hessians exact.",
-            False,
+            default=False,
         ),
     ] = False
     importance_linears: Annotated[
@@ -152,28 +157,6 @@ class Importance:
             "--importance-linears",
             "ROLE",
             "Weigh tokens for these linears alone, such as down_proj; may be repeated.",
-            "all",
+            default="all",
         ),
     ] = None
-
-
-def require_taken(job: Importance) -> None:
-    """Refuse options that the strategy does not take.
-
-    Raises
-    ------
-    UsageError
-        The first such option, with the strategies that take it.
-    """
-    for option, default in (("tokens", None), ("chunks", "")):
-        if getattr(job, f"importance_{option}") == default:
-            continue
-        takers = [
-            name
-            for name, strategy in STRATEGIES.items()
-            if getattr(strategy, f"takes_{option}")
-        ]
-        if job.importance not in takers:
-            raise UsageError(
-                f"--importance-{option} needs --importance {' or '.join(takers)}"
-            )

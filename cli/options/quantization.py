@@ -1,27 +1,15 @@
 """The options of ``quantize`` and ``plan`` that say how weights become codes."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.config.schemes import DEFAULT_GRID
 
+from ..options.declare import flag, value
+
 CODES = "What decides the codes"
-
-
-def value(panel: str, name: str, metavar: str, text: str, default: Any = True) -> Any:
-    """Declare an option; ``default`` says in words what None stands for."""
-    return typer.Option(
-        name, metavar=metavar, help=text, show_default=default, rich_help_panel=panel
-    )
-
-
-def flag(panel: str, name: str, text: str, default: Any = True) -> Any:
-    """Declare a switch."""
-    return typer.Option(name, help=text, show_default=default, rich_help_panel=panel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +24,14 @@ class Codes:
             "rsq-paper",
             "The paper's choices: 3 bits, a scale a row, 256 windows, one stream, full"
             " rotation, exact token weights; options beside it win.",
-            "none",
+            default="none",
         ),
     ] = None
     bits: Annotated[
         int | None,
-        value(CODES, "--bits", "2..8", "Bits per code.", "4, or as --bpw has it"),
+        value(
+            CODES, "--bits", "2..8", "Bits per code.", default="4, or as --bpw has it"
+        ),
     ] = None
     bpw: Annotated[
         float | None,
@@ -51,7 +41,7 @@ class Codes:
             "X",
             "Choose the bits of each linear, by what one more pass measures: X over the"
             " whole output.",
-            "off",
+            default="off",
         ),
     ] = None
     group_size: Annotated[
@@ -71,7 +61,7 @@ class Codes:
             "PATTERN=BITS[gGROUP]",
             'Other bits for some linears, such as "down_proj=4g64" or "v_proj@0-3=16"'
             " (blocks 0 to 3 kept); may be repeated, the last that fits wins.",
-            "none",
+            default="none",
         ),
     ] = None
     head_bits: Annotated[
@@ -96,7 +86,7 @@ class Codes:
             "portable|full|none",
             "portable: folded into the weights, nothing left to do at inference; full:"
             " also the inputs of o and down, which only this tool's load_model runs.",
-            "by method",
+            default="by method",
         ),
     ] = None
     grid: Annotated[
@@ -116,7 +106,7 @@ class Codes:
             "--format",
             "|".join(FORMATS),
             "How codes are stored; a grid that the format has no place for is refused.",
-            "by grid",
+            default="by grid",
         ),
     ] = None
     symmetric: Annotated[
@@ -133,7 +123,7 @@ class Codes:
             CODES,
             "--signed-scales/--unsigned-scales",
             "Let the symmetric grid be mirrored, at no cost in the format.",
-            "signed if symmetric",
+            default="signed if symmetric",
         ),
     ] = None
     group_scales: Annotated[
@@ -170,7 +160,7 @@ class Codes:
             "--shrinkage",
             "C",
             "Damping added for few tokens: C times the inputs per calibration token.",
-            "1 for rsq, else 0",
+            default="1 for rsq, else 0",
         ),
     ] = None
     propagate: Annotated[
@@ -180,7 +170,7 @@ class Codes:
             "--propagate",
             "A",
             "Share of earlier layers' error to make up for; 0 carries one stream.",
-            "0.5 for rsq, else 0",
+            default="0.5 for rsq, else 0",
         ),
     ] = None
     propagate_override: Annotated[
@@ -190,7 +180,7 @@ class Codes:
             "--propagate-override",
             "PATTERN=A",
             'Another share for some linears, such as "down_proj=0.3" or "*@0-3=0.7".',
-            "none",
+            default="none",
         ),
     ] = None
     residual_correction: Annotated[
@@ -216,7 +206,7 @@ class Codes:
             "--sweeps",
             "N",
             "Passes of coordinate descent over the codes; each costs like the solver.",
-            "2 for rsq, else 0",
+            default="2 for rsq, else 0",
         ),
     ] = None
     refit: Annotated[
@@ -225,7 +215,7 @@ class Codes:
             CODES,
             "--refit/--no-refit",
             "Fit the scales to the codes once they stand.",
-            "refit for rsq",
+            default="refit for rsq",
         ),
     ] = None
     seed: Annotated[
@@ -238,6 +228,6 @@ class Codes:
             "--revision",
             "REV",
             "Branch, tag or commit on the hub.",
-            "its default branch",
+            default="its default branch",
         ),
     ] = None

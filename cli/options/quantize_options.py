@@ -11,9 +11,10 @@ import typer
 
 from .activations import Activations
 from .common import PLACE, Device, Threads
+from .declare import flag, value
 from .importance import Importance
 from .presets import with_preset
-from .quantization import Codes, flag, value
+from .quantization import Codes
 
 _TEXT = "Calibration"
 
@@ -41,7 +42,7 @@ class QuantizeOptions(Codes, Importance, Activations):
             "--sequence-length",
             "TOKENS",
             "Tokens per window.",
-            "4096, or the model's limit",
+            default="4096, or the model's limit",
         ),
     ] = None
     expand: Annotated[
@@ -54,7 +55,7 @@ class QuantizeOptions(Codes, Importance, Activations):
             "--output",
             "DIR",
             "Where the quantized model goes: a new or empty folder.",
-            "MODEL-METHOD-Nbit, here",
+            default="MODEL-METHOD-Nbit, here",
         ),
     ] = None
     work_dir: Annotated[
@@ -64,7 +65,7 @@ class QuantizeOptions(Codes, Importance, Activations):
             "--work-dir",
             "DIR",
             "Journal and activations; removed at the end.",
-            "OUTPUT.work",
+            default="OUTPUT.work",
         ),
     ] = None
     device: Device = None
@@ -75,7 +76,7 @@ class QuantizeOptions(Codes, Importance, Activations):
             "--ram",
             "SIZE",
             "Host memory the whole process may use, such as 8GiB.",
-            "what is free",
+            default="what is free",
         ),
     ] = None
     vram: Annotated[
@@ -86,12 +87,12 @@ class QuantizeOptions(Codes, Importance, Activations):
             "SIZE",
             "GPU memory the whole process may use; plan also takes a card's that is"
             " not here.",
-            "what is free",
+            default="what is free",
         ),
     ] = None
     threads: Threads = None
     batch: Annotated[
-        int, value(PLACE, "--batch", "N", "Units in flight.", "two a thread")
+        int, value(PLACE, "--batch", "N", "Units in flight.", default="two a thread")
     ] = 0
     allow_device_change: Annotated[
         bool,
@@ -99,7 +100,7 @@ class QuantizeOptions(Codes, Importance, Activations):
             PLACE,
             "--allow-device-change",
             "Go on with a run of another kind of device; other bytes, and recorded.",
-            False,
+            default=False,
         ),
     ] = False
     evict_source: Annotated[
@@ -108,22 +109,28 @@ class QuantizeOptions(Codes, Importance, Activations):
             PLACE,
             "--evict-source",
             "Of a hub id: fetch shards ahead, remove them from the cache after use.",
-            False,
+            default=False,
         ),
     ] = False
     restart: Annotated[
         bool,
-        flag(PLACE, "--restart", "Drop an unfinished run in the work folder.", False),
+        flag(
+            PLACE,
+            "--restart",
+            "Drop an unfinished run in the work folder.",
+            default=False,
+        ),
     ] = False
     keep_work: Annotated[
-        bool, flag(PLACE, "--keep-work", "Leave the work folder at the end.", False)
+        bool,
+        flag(PLACE, "--keep-work", "Leave the work folder at the end.", default=False),
     ] = False
 
 
-def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the fields of ``QuantizeOptions`` to a command, called with ``job``."""
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the fields of ``QuantizeOptions`` to a command, called with ``options``."""
     hints = get_type_hints(QuantizeOptions, include_extras=True)
-    options = [
+    added = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -135,7 +142,7 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
     own = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in inspect.signature(command).parameters.items()
-        if name != "job"
+        if name != "options"
     ]
 
     def spread(context: Any, **given: Any) -> None:
@@ -143,14 +150,14 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
             source = context.get_parameter_source(name)
             return source is not None and source.name != "DEFAULT"
 
-        chosen = {option.name: given.pop(option.name) for option in options}
-        command(job=QuantizeOptions(**with_preset(chosen, is_given)), **given)
+        chosen = {option.name: given.pop(option.name) for option in added}
+        command(options=QuantizeOptions(**with_preset(chosen, is_given)), **given)
 
     spread.__name__, spread.__doc__ = command.__name__, command.__doc__
     context = inspect.Parameter(
         "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
     )
-    parameters = [*own[:1], *options, *own[1:], context]
+    parameters = [*own[:1], *added, *own[1:], context]
     spread.__annotations__ = {made.name: made.annotation for made in parameters}
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return spread

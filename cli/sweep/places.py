@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 
 from rsq_stream.errors import require
 
-from ..options.resolve import cores, pick_device
-
 _MOST_ON_CPU = 256
 
 
@@ -39,6 +37,8 @@ def places_for(
     UsageError
         No such device is here, or there are not so many GPUs.
     """
+    from rsq_stream.planning.devices import cores, pick_device
+
     chosen = pick_device(device)
     if chosen == "cpu":
         count = 1 if processes is None else processes

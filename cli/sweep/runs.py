@@ -17,15 +17,9 @@ from typing import TYPE_CHECKING, Any
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import RsqError, UsageError
 
-from ..commands.eval import require_text, window_length
 from ..options.presets import with_preset
 from ..options.quantize_options import QuantizeOptions
-from ..options.resolve import (
-    calibration_windows,
-    open_checkpoint,
-    prepare,
-    tokenizer_of,
-)
+from ..options.resolve import prepare
 from .file import Chosen, EvalOptions, SweepFile, shown
 
 if TYPE_CHECKING:
@@ -146,6 +140,8 @@ def plan_rows(sweep: SweepFile, rows: list[Row], device: str) -> list[Planned]:
     UsageError
         With the file, the row, and what its plan was refused for.
     """
+    from rsq_stream.checkpoint.opening import open_checkpoint
+
     opened: dict[str | None, Checkpoint] = {}
     planned = []
     for row in rows:
@@ -167,6 +163,8 @@ def plan_rows(sweep: SweepFile, rows: list[Row], device: str) -> list[Planned]:
 
 def evaluation_of(sweep: SweepFile, planned: list[Planned]) -> EvalOptions:
     """Give the evaluation's options with the window length that they stand for."""
+    from rsq_stream.evaluation.perplexity import require_text, window_length
+
     with refused_by(str(sweep.path)):
         require_text(str(sweep.text), "text")
     length = window_length(planned[0].checkpoint, sweep.evaluation.sequence_length)
@@ -233,7 +231,9 @@ def require_texts(
         A text cannot be read or is shorter than a window.
     """
     from rsq_stream.calibration.text import read_text
+    from rsq_stream.checkpoint.opening import tokenizer_of
     from rsq_stream.evaluation.perplexity import evaluation_windows
+    from rsq_stream.planning.calibration import calibration_windows
 
     with refused_by(str(sweep.path)):
         assert evaluation.sequence_length is not None
@@ -257,4 +257,4 @@ def require_texts(
     for made in longest.values():
         one = dataclasses.replace(made.plan, samples=1)
         with refused_by(f"{sweep.path}: {made.row.name}"):
-            calibration_windows(made.row.job, one, made.checkpoint)
+            calibration_windows(made.row.job.calibration, one, made.checkpoint)

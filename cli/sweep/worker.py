@@ -6,7 +6,6 @@ one ends: its stdin is the other end of a pipe.
 """
 
 import dataclasses
-import io
 import json
 import os
 import sys
@@ -14,14 +13,12 @@ import threading
 import traceback
 import warnings
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from rsq_stream.errors import Interrupted, RsqError
 from rsq_stream.storage import atomic
 
-from ..commands.eval import evaluate_model
 from ..commands.quantize import quantize
 from ..display.text import say_aside
 from ..options.quantize_options import QuantizeOptions
@@ -64,17 +61,16 @@ def run(folder: Path, task: Mapping[str, Any]) -> None:
     output = folder / OUTPUT
     work_dir = folder / f"{OUTPUT}.work"
     made = _quantized(folder / _QUANTIZED, output, work_dir, task)
-    said = io.StringIO()
-    with redirect_stdout(said):
-        evaluate_model(
-            str(output),
-            text=task["text"],
-            **task["eval"],
-            device=task["job"]["device"],
-            threads=task["job"]["threads"],
-            as_json=True,
-        )
-    found = json.loads(said.getvalue())
+    from rsq_stream import api
+
+    evaluated = api.evaluate(
+        output,
+        task["text"],
+        **task["eval"],
+        device=task["job"]["device"],
+        threads=task["job"]["threads"],
+    )
+    found = dataclasses.asdict(evaluated.evaluation)
     result = {
         **task["about"],
         **{name: found[name] for name in ("perplexity", "loss", "windows", "tokens")},
@@ -90,14 +86,16 @@ def _quantized(
     known: Path, output: Path, work_dir: Path, task: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Quantize, unless that is done; gives what the result has of it."""
+    from rsq_stream.checkpoint.manifest import read_manifest
+
     if not known.is_file():
         # The work folder is kept until this is noted: it has the time of every block,
         # whichever process did it.
-        job = QuantizeOptions(
+        options = QuantizeOptions(
             **task["job"], output=output, work_dir=work_dir, keep_work=True
         )
-        quantize(task["model"], job=job)
-        manifest = json.loads((output / "rsq_stream.json").read_bytes())
+        quantize(task["model"], options=options)
+        manifest = read_manifest(output)
         made = {
             "bits_per_weight": manifest["bits_per_weight"],
             "seconds": _seconds(work_dir),

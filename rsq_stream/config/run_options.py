@@ -1,9 +1,13 @@
 """What may change between a kill and the resume: place and speed, never a byte."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsq_stream.errors import require
+from rsq_stream.errors import UsageError, require
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,3 +45,21 @@ class RunOptions:
             self.units_in_flight,
             "0 (automatic) to 4096",
         )
+
+
+def parse_size(option: str, text: str) -> int:
+    """Read a size in bytes: ``8GiB`` and ``2g`` count in 1024s, ``500MB`` in 1000s.
+
+    Raises
+    ------
+    UsageError
+        The text is no size, or less than one byte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is not None:
+        number, unit, ending = found.groups()
+        base = 1000 if (ending or "").lower() == "b" else 1024
+        size = int(float(number) * base ** _UNITS[unit.lower()])
+        if size >= 1:
+            return size
+    raise UsageError(f"{option} must be a size such as 8GiB, 500MB or 2g, not {text!r}")

@@ -4,15 +4,20 @@ from dataclasses import dataclass
 
 from rsq_stream.config.schemes import DEFAULT_GRID, KEPT
 
+DEFAULT_BITS = 4
+LEAST_BITS = 2
+"""Stands in a plan with ``bpw`` until the bits are chosen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The options of ``quantize`` and ``plan`` that decide bytes; None is a default."""
 
     method: str = "rsq"
-    bits: int = 4
-    bits_chosen: bool = False
-    """``--bpw`` is still to choose the bits: what overrides say is never as usual."""
+    bits: int | None = None
+    """4, where ``bpw`` does not choose them."""
+    bpw: float | None = None
+    """Bits per weight of the whole output, for which bits are chosen by linear."""
     group_size: int = 128
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
@@ -21,7 +26,8 @@ class Settings:
     output_format: str | None = None
     """By default the format that stores the grid."""
     symmetric: bool = True
-    signed_scales: bool = True
+    signed_scales: bool | None = None
+    """By default where the grid is symmetric and not its own mirror."""
     group_scales: str = "dynamic"
     clip_exponent: float = 2.0
     clip_steps: int = 80
@@ -47,6 +53,7 @@ class Settings:
     importance_exact: bool = False
     importance_linears: tuple[str, ...] = ()
     calibration: str = "wikitext2"
+    """A data set's name, or a file."""
     samples: int = 256
     sequence_length: int | None = None
     expand: int = 1
@@ -66,3 +73,10 @@ class Settings:
     kv_bits: int = KEPT
     kv_symmetric: bool = True
     kv_clip: float = 1.0
+
+    @property
+    def usual_bits(self) -> int:
+        """The bits of linears without their own; a stand-in until ``bpw`` chooses."""
+        if self.bits is not None:
+            return self.bits
+        return DEFAULT_BITS if self.bpw is None else LEAST_BITS

@@ -25,6 +25,7 @@ from rsq_stream.config.activations import ActivationScheme
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
 from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import Listener, ignore
+from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.block import Block
 from rsq_stream.pipeline.activations.calibration_pass import Passes
 from rsq_stream.pipeline.activations.finite_check import require_finite
@@ -36,6 +37,9 @@ from rsq_stream.storage.direct_io import has_direct_io
 _UNIT_TOKENS = 2048
 _LOGIT_TOKENS = 256
 """Tokens whose logits are held at a time."""
+_LONGEST = 2048
+"""Default tokens of a window, where the model was made for as many."""
+_ENDINGS = (".txt", ".jsonl", ".parquet")
 Tiles = list[tuple[int, list[Tensor]]]
 """Where in the vocabulary a tile begins, and those rows of each model's head."""
 
@@ -55,6 +59,30 @@ class Evaluation:
     """Mean of KL(other || model) per predicted token, in nats."""
     against_perplexity: float | None = None
     """Perplexity of the other model on the same windows."""
+
+
+def require_text(text: str, option: str = "--text") -> None:
+    """Refuse an evaluation text that is no file, or not of a known kind.
+
+    Errors name the file as the value of ``option``.
+
+    Raises
+    ------
+    CalibrationError
+        It is one or the other.
+    """
+    path = Path(text)
+    if not path.is_file():
+        raise CalibrationError(f"{option} {text}: no such file")
+    if path.suffix not in _ENDINGS:
+        wanted = ", ".join(_ENDINGS)
+        raise CalibrationError(f"{option} {text}: must end in one of {wanted}")
+
+
+def window_length(checkpoint: Checkpoint, requested: int | None) -> int:
+    """Return the tokens per window: as requested, else 2048 or the model's limit."""
+    architecture = read_architecture(checkpoint.config, checkpoint.files.where)
+    return requested or min(_LONGEST, architecture.longest)
 
 
 def evaluation_windows(

@@ -18,7 +18,7 @@ from torch import Tensor
 from rsq_stream.checkpoint.files import SIDE_FILES
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import json_bytes
-from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
+from rsq_stream.checkpoint.manifest import SEAL, write_manifest
 from rsq_stream.checkpoint.output_tensors import output_is_tied
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
@@ -225,9 +225,7 @@ class OutputFolder:
                 "files": dict(sorted(files.items())),
             }
         )
-        atomic.write_file(self.path / MANIFEST, manifest)
-        seal = f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
-        atomic.write_file(self.path / SEAL, seal.encode())
+        write_manifest(self.path, manifest)
         return sum(int(entry["bytes"]) for entry in files.values()) + len(manifest)
 
     def _config(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ anywhere is found, and so are files and tensors that are missing, doubled, or in
 full precision where codes belong.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import Format
-from rsq_stream.checkpoint.manifest import MANIFEST, SEAL
+from rsq_stream.checkpoint.manifest import MANIFEST, SEAL, manifest_bytes, seal_of
 from rsq_stream.checkpoint.output_tensors import output_tensors
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import Source
@@ -29,8 +28,6 @@ from rsq_stream.errors import CheckpointError, OutputError, RsqError
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.storage import atomic
-
-_LARGEST_MANIFEST_BYTES = 500_000_000
 
 
 @dataclass
@@ -91,11 +88,12 @@ def verify(folder: Path, against: Checkpoint | None = None) -> Verification:
 def _manifest(folder: Path, found: Verification) -> dict[str, Any] | None:
     """Read the manifest, if it is what the seal says."""
     path = folder / MANIFEST
-    if not path.is_file() or path.stat().st_size > _LARGEST_MANIFEST_BYTES:
+    try:
+        content = manifest_bytes(path)
+    except OSError:
         found.problems.append(f"{path}: missing or larger than any manifest")
         return None
-    content = path.read_bytes()
-    seal = f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+    seal = seal_of(content)
     if (folder / SEAL).read_bytes() != seal:
         found.problems.append(
             f"{folder}: {SEAL} does not match {MANIFEST}; one of the two is damaged"

@@ -83,6 +83,7 @@ def make_plan(
     architecture: Architecture,
     settings: Settings,
     windows: Windows | None,
+    *,
     device: torch.device,
 ) -> QuantizationPlan:
     """Fill in every default and give the plan that decides the output's bytes.
@@ -131,7 +132,7 @@ def make_plan(
     plan = QuantizationPlan(
         source_sha256=checkpoint.headers_sha256,
         method=settings.method,
-        bits=settings.bits,
+        bits=settings.usual_bits,
         group_size=settings.group_size,
         overrides=own_schemes(
             architecture, settings, tied=architecture.tied and not rotated
@@ -139,7 +140,7 @@ def make_plan(
         grid=settings.grid,
         output_format=settings.output_format or grid.output_format,
         symmetric=settings.symmetric,
-        signed_scales=settings.signed_scales
+        signed_scales=settings.signed_scales is not False
         and settings.symmetric
         and grid.takes_signed_scales,
         group_scales=settings.group_scales,
@@ -212,7 +213,7 @@ def own_schemes(
         lines.insert(0, f"{HEAD_LINEAR}={settings.head_bits}")
     if not tied:
         names[HEAD_LINEAR] = None
-    others = None if settings.bits_chosen else Override(settings.bits)
+    others = None if settings.bpw is not None else Override(settings.usual_bits)
     usual = {HEAD_LINEAR: Override(KEPT)}
     return tuple(
         f"{name}={override}"

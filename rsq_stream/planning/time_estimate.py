@@ -3,8 +3,12 @@
 Where a stage computes and a disk reads or writes beside it, the longer of both counts.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
+
+import torch
 
 from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.rotation.hadamard import kronecker_factors
@@ -12,7 +16,9 @@ from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Activation, Group, Linear, Stage
-from rsq_stream.planning.machine_speed import Rates, solve_flops
+from rsq_stream.pipeline.job import Job
+from rsq_stream.planning.machine_speed import Rates, measure_rates, solve_flops
+from rsq_stream.storage.atomic import existing
 
 _BF16_TERMS = 2
 """A GPU multiplies w x as two bf16 terms (``algorithm/gptq/hessian.py``)."""
@@ -31,6 +37,23 @@ class Prediction:
     def seconds(self) -> float:
         """Give those of the whole run."""
         return sum(self.stages.values())
+
+
+def forecast(job: Job) -> Prediction | None:
+    """Predict a run's seconds by what this machine does; None for a card not here."""
+    options = job.options
+    if options.on_gpu and not torch.cuda.is_available():
+        return None
+    folder = existing(options.work_dir.absolute())
+    rates = _rates(job.plan, options.device, options.workers, folder)
+    return predict(
+        job.architecture, job.plan, job.execution, rates, on_gpu=options.on_gpu
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _rates(plan: QuantizationPlan, device: str, workers: int, folder: Path) -> Rates:
+    return measure_rates(plan, torch.device(device), workers, folder)
 
 
 def predict(

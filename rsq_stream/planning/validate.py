@@ -3,19 +3,24 @@
 import torch
 
 from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
+from rsq_stream.config.schemes import KEPT
+from rsq_stream.config.settings import Settings
 from rsq_stream.errors import (
     CheckpointError,
     UnsupportedModelError,
+    UsageError,
     one_of,
     require,
 )
 from rsq_stream.model.architecture import Architecture, read_architecture
 from rsq_stream.model.tensor_names import HEAD, block_prefix
 
+ROTATIONS = ("portable", "full", "none")
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_ENDING = "rotary_emb.inv_freq"
 """Buffers that old checkpoints carry and every loader recomputes."""
@@ -57,6 +62,57 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
                 f" {architecture.family.model_type} model as config.json describes it"
             )
     return architecture
+
+
+def require_consistent(settings: Settings) -> None:
+    """Refuse settings that exclude each other, whatever the model.
+
+    Raises
+    ------
+    UsageError
+        With the option that does not fit, and what to do.
+    """
+    rotation, length = settings.rotation, settings.sequence_length
+    if rotation is not None:
+        require(rotation in ROTATIONS, "rotation", rotation, one_of(ROTATIONS))
+    if length is not None:
+        require(length >= 2, "sequence-length", length, "2 or more")
+    grid = GRIDS[settings.grid]
+    if settings.signed_scales and not settings.symmetric:
+        raise UsageError("--signed-scales needs --symmetric: a zero point does as much")
+    if settings.signed_scales and not grid.takes_signed_scales:
+        raise UsageError(f"--signed-scales: --grid {settings.grid} is its own mirror")
+    if settings.bpw is not None:
+        _require_choosable(settings, grid)
+    own_bits = settings.bits is not None or settings.overrides
+    if settings.method == "rotate" and (own_bits or settings.head_bits != KEPT):
+        raise UsageError("--method rotate quantizes nothing: leave bits out")
+    for option, default in (("tokens", None), ("chunks", "")):
+        if getattr(settings, f"importance_{option}") == default:
+            continue
+        takers = [
+            name
+            for name, strategy in STRATEGIES.items()
+            if getattr(strategy, f"takes_{option}")
+        ]
+        if settings.importance not in takers:
+            raise UsageError(
+                f"--importance-{option} needs --importance {' or '.join(takers)}"
+            )
+
+
+def _require_choosable(settings: Settings, grid: type[Grid]) -> None:
+    """Refuse what ``bpw`` cannot choose bits for."""
+    if not grid.mixed_bits:
+        raise UsageError(
+            f"--bpw chooses among integers: leave --grid {settings.grid} out"
+        )
+    if settings.bits is not None:
+        raise UsageError("--bpw chooses the bits: leave --bits out")
+    if settings.method in ("rtn", "rotate"):
+        raise UsageError(
+            f"--bpw measures on calibration text, which {settings.method} does without"
+        )
 
 
 def linear_type(checkpoint: Checkpoint, architecture: Architecture) -> torch.dtype:

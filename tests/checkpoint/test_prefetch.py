@@ -152,7 +152,11 @@ def test_it_is_for_a_gpu_whose_host_has_room(toy: Path) -> None:
     checkpoint = Checkpoint(FolderFiles(toy))
     architecture = read_architecture(checkpoint.config, "here")
     plan = make_plan(
-        checkpoint, architecture, Settings(method="rtn"), None, torch.device("cpu")
+        checkpoint,
+        architecture,
+        Settings(method="rtn"),
+        None,
+        device=torch.device("cpu"),
     )
     memory = MemoryPlan(architecture, plan, torch.float32, 1, 1, on_gpu=True)
     ahead = dataclasses.replace(memory, reads_ahead=True)

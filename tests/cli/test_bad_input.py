@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from rsq_stream.cli.main import main
-from rsq_stream.cli.options.quantize_options import Job
+from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.options.resolve import prepare
 
 from rsq_stream.demo import CALIBRATION, MODEL
@@ -276,7 +276,9 @@ def test_output_is_a_file(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_work_folder_of_another_plan(refused: Refused, tmp_path: Path) -> None:
-    job = Job(bits=3, seed=1, calibration=str(CALIBRATION), output=tmp_path / "out")
+    job = QuantizeOptions(
+        bits=3, seed=1, calibration=str(CALIBRATION), output=tmp_path / "out"
+    )
     made = prepare(str(MODEL), job, read_calibration=True)
     plan, work_dir = made.plan, made.options.work_dir
     with RunFolder(work_dir) as folder:

@@ -9,12 +9,13 @@ import pytest
 import typer.main
 from rsq_stream.cli.display.findings import far_above_peers, notices_of, warnings_of
 from rsq_stream.cli.display.progress import Lines, LiveLine
-from rsq_stream.cli.display.text import duration, parse_size, size
+from rsq_stream.cli.display.text import duration, size
 from rsq_stream.cli.main import COMMANDS, bounded, explained, main, make_app
-from rsq_stream.cli.options.quantize_options import Job
+from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.options.resolve import prepare, settings_of
 
 from rsq_stream import __version__
+from rsq_stream.config.run_options import parse_size
 from rsq_stream.config.settings import Settings
 from rsq_stream.demo import MODEL
 from rsq_stream.errors import Interrupted, UsageError
@@ -26,6 +27,7 @@ from rsq_stream.events import (
     StageStarted,
     UnitsDone,
 )
+from rsq_stream.planning.validate import require_consistent
 from tests.support.cli_runs import Run
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
@@ -162,32 +164,43 @@ def test_sizes_and_times_read_well() -> None:
 
 
 def test_defaults_are_those_of_the_planner() -> None:
-    assert settings_of(Job()) == Settings()
+    assert settings_of(QuantizeOptions()) == Settings()
 
 
 def test_a_file_leaves_no_path_in_the_plan() -> None:
-    assert settings_of(Job(calibration="/some/where.txt")).calibration == "file"
+    options = QuantizeOptions(calibration="/some/where.txt", device="cpu")
+    job = prepare(str(MODEL), options, read_calibration=False)
+    assert job.plan.calibration == "file"
 
 
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (Job(rotation="R1"), "--rotation must be one of portable, full, none, not R1"),
-        (Job(sequence_length=0), "--sequence-length must be 2 or more, not 0"),
-        (Job(symmetric=False, signed_scales=True), "--signed-scales needs --symmetric"),
         (
-            Job(importance_tokens=9),
+            QuantizeOptions(rotation="R1"),
+            "--rotation must be one of portable, full, none, not R1",
+        ),
+        (
+            QuantizeOptions(sequence_length=0),
+            "--sequence-length must be 2 or more, not 0",
+        ),
+        (
+            QuantizeOptions(symmetric=False, signed_scales=True),
+            "--signed-scales needs --symmetric",
+        ),
+        (
+            QuantizeOptions(importance_tokens=9),
             "^--importance-tokens needs --importance first-last-n or first-n$",
         ),
         (
-            Job(importance="uniform", importance_chunks="0/2"),
+            QuantizeOptions(importance="uniform", importance_chunks="0/2"),
             "^--importance-chunks needs --importance chunks$",
         ),
     ],
 )
 def test_options_that_make_no_sense(job: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        settings_of(job)
+        require_consistent(settings_of(job))
 
 
 def test_a_linear_far_above_its_kind_is_named() -> None:
@@ -209,7 +222,7 @@ def test_notices_count_what_the_solver_had_to_do() -> None:
         record("a.q_proj", 0.1, kept_rounding=True),
         record("b.q_proj", 0.1, damping_attempts=2),
     ]
-    job = Job(symmetric=False, device="cpu", kv_bits=4)
+    job = QuantizeOptions(symmetric=False, device="cpu", kv_bits=4)
     plan = prepare(str(MODEL), job, read_calibration=False).plan
     lines = notices_of(plan, records)
     assert lines[0].startswith("1 of 2 linears kept their rounded codes")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rsq_stream.cli.commands import demo as demo_command
-from rsq_stream.cli.commands import doctor as doctor_command
+from rsq_stream.cli.doctor import machine
 
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
 from tests.support.cli_runs import LAUNCH, SMALL, Run
@@ -192,7 +192,7 @@ def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor_command, "_PROBE_BYTES", 2**24)
+    monkeypatch.setattr(machine, "_PROBE_BYTES", 2**24)
     code, out, err = run("doctor", "--work-dir", tmp_path, "--json")
     found = json.loads(out)
     assert (code, err, found["ok"]) == (0, "", True)

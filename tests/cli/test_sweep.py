@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from rsq_stream.cli.commands import sweep
-from rsq_stream.cli.options.quantize_options import Job
+from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.sweep import worker
 from rsq_stream.cli.sweep.worker import task_of
 from safetensors.torch import load_file, save_file
@@ -175,7 +175,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def task(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The task of a run by rounding, to be done in this process."""
     monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
-    job = Job(method="rtn", bits=4, group_size=32, device="cpu", threads=1)
+    job = QuantizeOptions(method="rtn", bits=4, group_size=32, device="cpu", threads=1)
     content = {
         "model": str(place / "toy"),
         "job": task_of(job),

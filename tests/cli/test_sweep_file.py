@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rsq_stream.cli.options.by_name import job_options
-from rsq_stream.cli.options.quantize_options import Job
+from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.sweep.file import EvalOptions, read_sweep
 from rsq_stream.cli.sweep.runs import (
     Run,
@@ -59,7 +59,7 @@ def test_options_have_the_names_of_the_flags() -> None:
     flags = (JOB_FLAGS + SERVED_FLAGS).split()
     assert set(job_options()) == {flag.removeprefix("--") for flag in flags}
     fields = {option.field for option in job_options().values()}
-    assert fields == {field.name for field in dataclasses.fields(Job)}
+    assert fields == {field.name for field in dataclasses.fields(QuantizeOptions)}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_rows_are_the_product_of_the_grid_then_the_runs(write: Write) -> None:
         "own",
         "paper",
     ]
-    usual = Job(
+    usual = QuantizeOptions(
         calibration=str(path.parent / "text.txt"),
         group_size=64,
         symmetric=False,
@@ -218,7 +218,7 @@ def test_rows_are_the_product_of_the_grid_then_the_runs(write: Write) -> None:
 
 def test_a_file_that_compares_nothing_has_one_row(write: Write) -> None:
     [row] = rows_of(read_sweep(write(TOP)))
-    assert (row.name, row.job) == ("settings", Job())
+    assert (row.name, row.job) == ("settings", QuantizeOptions())
     only = rows_of(read_sweep(write(TOP + "[[run]]\nname = 'a'\n")))
     assert [row.name for row in only] == ["a"]
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rsq_stream.cli.options.quantize_options import Job
-from rsq_stream.cli.options.resolve import cores
+from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.signals import INTERRUPTED
 from rsq_stream.cli.sweep import places as sweep_places
 from rsq_stream.cli.sweep import pool as sweep_pool
@@ -22,6 +21,7 @@ from rsq_stream.cli.sweep.runs import Run
 from rsq_stream.cli.sweep.table import as_table, line_of
 
 from rsq_stream.errors import ScratchError, UsageError
+from rsq_stream.planning.devices import cores
 from rsq_stream.storage import atomic
 from tests.support.toy import open_toy, toy_checkpoint
 
@@ -240,7 +240,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def call(what: list[str], places: list[Place], stop: threading.Event) -> Any:
         runs = [
-            Run(name=name, seed=0, job=Job(), key=str(number))
+            Run(name=name, seed=0, job=QuantizeOptions(), key=str(number))
             for number, name in enumerate(what)
         ]
         return run_all(runs, places, begin, stop)

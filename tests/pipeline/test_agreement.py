@@ -87,7 +87,9 @@ def perplexities(
     checkpoint = Checkpoint(open_files(str(folder)))
     architecture = inspect_checkpoint(checkpoint)
     windows = Windows(window_BT, 1)
-    plan = make_plan(checkpoint, architecture, settings, windows, torch.device("cpu"))
+    plan = make_plan(
+        checkpoint, architecture, settings, windows, device=torch.device("cpu")
+    )
     options = RunOptions(output=tmp_path / "out", work_dir=tmp_path / "work")
     execution = plan_execution(checkpoint, architecture, plan, options)
     parts = {"plan": plan, "execution": execution, "options": options}
@@ -100,7 +102,7 @@ def perplexities(
         model,
         window_BT,
         method=settings.method,
-        bits=settings.bits,
+        bits=settings.usual_bits,
         group_size=settings.group_size,
         **rotations,
         importance_min=plan.importance_min,

@@ -349,7 +349,7 @@ def test_an_override_wins_over_bits_that_stand_in_for_those_to_come(
     toy: Path, costs: Costs
 ) -> None:
     """With ``--bpw`` the plan has 2 bits until they are chosen."""
-    own = {"overrides": ("down_proj=2",), "bits_chosen": True}
+    own = {"overrides": ("down_proj=2",), "bits": None, "bpw": 9.0}
     found = chosen(toy, costs, least_bpw(toy) + 2, **own).plan
     assert found.bits > 2
     for block in range(BLOCKS):
@@ -364,7 +364,7 @@ def test_overrides_may_leave_nothing_to_choose(toy: Path, costs: Costs) -> None:
     checkpoint = open_toy(toy)
     architecture = inspect_checkpoint(checkpoint)
     bpw = output_bits(checkpoint, architecture, fixed) / source_weights(architecture)
-    own = {"overrides": ("*=4",), "bits_chosen": True}
+    own = {"overrides": ("*=4",), "bits": None, "bpw": 9.0}
     found = chosen(toy, costs, bpw, **own)
     assert found.bits_per_weight == pytest.approx(bpw)
     assert {line.partition("=")[2] for line in found.plan.overrides} <= {"4"}

@@ -58,7 +58,7 @@ def stages(folder: Path, method: str, **changed: Any) -> dict[str, StageMemory]:
     checkpoint = Checkpoint(FolderFiles(folder))
     architecture = read_architecture(checkpoint.config, "here")
     chosen, device = Settings(bits=2, method=method), torch.device("cuda")
-    plan = make_plan(checkpoint, architecture, chosen, None, device)
+    plan = make_plan(checkpoint, architecture, chosen, None, device=device)
     kind = MemoryPlan
     if plan.needs_calibration:
         plan, kind = measuring_plan(plan), MeasuringMemory
@@ -104,7 +104,7 @@ def test_a_smaller_card_has_weights_fetched(model: Path, method: str) -> None:
     checkpoint = Checkpoint(FolderFiles(model))
     architecture = inspect_checkpoint(checkpoint)
     chosen, device = Settings(bits=2, method=method), torch.device("cuda")
-    plan = make_plan(checkpoint, architecture, chosen, None, device)
+    plan = make_plan(checkpoint, architecture, chosen, None, device=device)
     measures = method == "rsq"
     plan = measuring_plan(plan) if measures else plan
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rsq_stream.cli.display.forecast import kept_bytes
-from rsq_stream.cli.options.resolve import Prepared, on_this_card
+from rsq_stream.cli.display.progress import announce
 
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.shards import Checkpoint
@@ -20,13 +19,15 @@ from rsq_stream.config.settings import Settings
 from rsq_stream.errors import BudgetError
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.pipeline.job import Job
 from rsq_stream.planning import quantization_plan
+from rsq_stream.planning.devices import within_card
 from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.memory import fit
+from rsq_stream.planning.memory.resident_units import kept_bytes
 from rsq_stream.planning.memory.stages import MemoryPlan
 from rsq_stream.planning.quantization_plan import make_plan
 from rsq_stream.planning.validate import inspect_checkpoint
-from rsq_stream.runtime import device_memory
 from tests.support.cli_runs import Run
 from tests.support.toy import contents, run_toy, toy_checkpoint
 
@@ -84,7 +85,7 @@ def memory_of(folder: Path, **changed: Any) -> MemoryPlan:
     checkpoint = Checkpoint(FolderFiles(folder))
     architecture = read_architecture(checkpoint.config, "here")
     device = torch.device("cuda" if changed.get("on_gpu", True) else "cpu")
-    plan = make_plan(checkpoint, architecture, Settings(bits=2), None, device)
+    plan = make_plan(checkpoint, architecture, Settings(bits=2), None, device=device)
     fields: dict[str, Any] = {"in_flight": 1, "workers": 1, "on_gpu": True}
     return MemoryPlan(architecture, plan, torch.bfloat16, **(fields | changed))
 
@@ -96,7 +97,7 @@ def executed(folder: Path, **options: Any) -> Any:
         output=folder / "o", work_dir=folder / "w", device="cuda", **options
     )
     place = torch.device("cuda")
-    plan = make_plan(checkpoint, architecture, Settings(bits=2), None, place)
+    plan = make_plan(checkpoint, architecture, Settings(bits=2), None, device=place)
     return plan_execution(checkpoint, architecture, plan, given)
 
 
@@ -293,7 +294,7 @@ def test_what_came_since_the_first_plan_is_not_counted_again(
             inspect_checkpoint(checkpoint),
             Settings(bits=2),
             None,
-            torch.device("cpu"),
+            device=torch.device("cpu"),
         )
         with pytest.raises(BudgetError) as refused:
             plan_execution(
@@ -347,7 +348,7 @@ def test_the_last_units_at_work_are_not_kept_yet(
     architecture = inspect_checkpoint(checkpoint)
     options = RunOptions(output=folder / "o", work_dir=folder / "w", workers=2)
     given = Settings(bits=2, method=method, samples=64, sequence_length=256)
-    plan = make_plan(checkpoint, architecture, given, None, torch.device("cpu"))
+    plan = make_plan(checkpoint, architecture, given, None, device=torch.device("cpu"))
     assert plan.units == 8
     chosen = plan_execution(checkpoint, architecture, plan, options)
     chosen = dataclasses.replace(
@@ -357,7 +358,7 @@ def test_the_last_units_at_work_are_not_kept_yet(
         in_flight=4,
         slot_bytes=0,
     )
-    made = Prepared(
+    made = Job(
         checkpoint=checkpoint,
         plan=plan,
         execution=chosen,
@@ -418,8 +419,7 @@ def test_no_more_of_a_card_is_planned_for_than_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Others may be on it; its context is in what ``--vram`` counts already."""
-    monkeypatch.setattr(device_memory, "free_bytes", lambda _: 10 * GIB)
-    place = torch.device("cuda")
+    monkeypatch.setattr("rsq_stream.planning.devices.free_bytes", lambda _: 10 * GIB)
     for given, planned in ((8, 8 * GIB), (24, 10 * GIB + fit.CONTEXT_BYTES)):
         options = RunOptions(
             output=tmp_path / "o",
@@ -427,6 +427,6 @@ def test_no_more_of_a_card_is_planned_for_than_is_free(
             device="cuda",
             vram_bytes=given * GIB,
         )
-        assert on_this_card(options, place).vram_bytes == planned
+        assert within_card(options, announce).vram_bytes == planned
     says = "warning: --vram 24.00 GiB: the card has 10.50 GiB left, so that is planned"
     assert says in capsys.readouterr().err

@@ -26,7 +26,9 @@ def found(vram_bytes: int | None = None, **given: Any) -> Serving:
     checkpoint = Checkpoint(FolderFiles(MODEL))
     architecture = inspect_checkpoint(checkpoint)
     settings = Settings(method="rtn", **given)
-    plan = make_plan(checkpoint, architecture, settings, None, torch.device("cpu"))
+    plan = make_plan(
+        checkpoint, architecture, settings, None, device=torch.device("cpu")
+    )
     layouts = plan_layouts(checkpoint, architecture, plan)
     return serving(architecture, plan, layouts, vram_bytes)
 

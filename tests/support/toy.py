@@ -186,7 +186,7 @@ def plan_toy(
         inspect_checkpoint(checkpoint),
         chosen,
         windows,
-        torch.device("cpu"),
+        device=torch.device("cpu"),
     )
     return dataclasses.replace(made, **SMALL_PLAN | dict(plan or {})), windows
 
