@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rsq_stream.model.families import FAMILIES
+from tests.support.entries import family_config
 from tests.support.textbook import (
     attention_sums,
     in_float64,
@@ -20,14 +22,6 @@ from tests.support.textbook import (
     token_weights,
 )
 from tests.support.textbook_solver import clip_search, gptq, rtn
-
-# family -> KV heads and what else differs. mistral: 6 heads x 24 = 144, not 96.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "mistral": {"num_key_value_heads": 3, "head_dim": 24},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 3, "head_dim": 16},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +49,18 @@ def correlated(inputs: int) -> Tensor:
     return q_II * torch.logspace(0, -3, inputs) @ q_II.T
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, *, tied: bool = False, kv_heads: int = 2) -> Any:
     """Two blocks with nothing at 0 or 1: not the biases, and not the gains."""
     config = AutoConfig.for_model(
         family,
         vocab_size=64,
         hidden_size=96,
         num_attention_heads=6,
+        num_key_value_heads=kv_heads,
         intermediate_size=172,
         num_hidden_layers=2,
-        **FAMILIES[family],
+        tie_word_embeddings=tied,
+        **family_config(family),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -93,7 +89,7 @@ def logits(model: Any) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_float64_is_the_published_model(family):
-    model = tiny(family)
+    model = tiny(family, kv_heads=3)
     ours_BTV = logits(model)
     published = AutoModelForCausalLM.from_config(model.config)
     published.load_state_dict(model.state_dict())
@@ -104,7 +100,7 @@ def test_in_float64_is_the_published_model(family):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotation_leaves_the_logits(family, full):
-    model = tiny(family)
+    model = tiny(family, tied=full)
     before_BTV = logits(model)
     linear = model.model.layers[1].self_attn.q_proj
     weight_OI = linear.weight.clone()
@@ -239,7 +235,7 @@ def test_token_weights():
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama", "gptq"), ("qwen2", "quarot"), ("mistral", "rsq"), ("qwen3", "rsq")],
+    [("llama", "gptq"), ("qwen2", "quarot"), *((family, "rsq") for family in FAMILIES)],
 )
 def test_each_linear_was_quantized_on_what_it_now_sees(family, method):
     """Nothing after a linear changes its inputs: the result checks the order."""
@@ -269,7 +265,7 @@ def test_each_linear_was_quantized_on_what_it_now_sees(family, method):
 
 
 def test_rsq_with_equal_weights_is_quarot():
-    first, second = tiny("llama"), tiny("llama")
+    first, second = tiny("llama", tied=True), tiny("llama", tied=True)
     shared = {"bits": 4, "group_size": 32, "steps": 5, **rotations(first)}
     quantize_model(first, windows(), method="quarot", **shared)
     quantize_model(second, windows(), method="rsq", importance_min=1, **shared)
@@ -278,7 +274,7 @@ def test_rsq_with_equal_weights_is_quarot():
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quarot", "rsq"])
 def test_many_bits_leave_the_perplexity(method):
-    model = tiny("llama")
+    model = tiny("llama", tied=True)
     before = perplexity(model, windows())
     plan: dict[str, Any] = {"bits": 12, "group_size": 32, "steps": 1}
     plan |= {} if method in ("rtn", "gptq") else rotations(model)

@@ -1,1 +1,1 @@
-"""Disk only: shards, activations, journal and output; no maths."""
+"""The work folder on disk: activations and journal, durable; no maths."""

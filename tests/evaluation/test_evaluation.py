@@ -26,6 +26,8 @@ from rsq_stream.evaluation.generation import greedy_sample
 from rsq_stream.evaluation.perplexity import evaluate, evaluation_windows
 from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import StageStarted
+from rsq_stream.model.families import FAMILIES
+from tests.support.entries import family_config
 from tests.support.toy import (
     Recorder,
     calm,
@@ -91,10 +93,9 @@ def loss_of(log_BTV: Tensor, window_BT: Tensor) -> float:
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        *((family, family_config(family)) for family in FAMILIES),
         ("mistral", {"sliding_window": 9}),
         ("qwen2", {"tied": True}),
-        ("qwen3", {}),
     ],
 )
 @pytest.mark.usefixtures("small_units")

@@ -18,6 +18,7 @@ from rsq_stream.model.families import FAMILIES
 from rsq_stream.model.fused_rotation import ModelRotation
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
 from rsq_stream.model.transformers_layers import Rope, layer_config
+from tests.support.entries import family_config
 from tests.support.toy import LINEARS, STAGES
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,12 +31,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# What a family has that others do not; mistral's heads of 26 do not add to its width.
+# Options that only some families know; mistral's heads of 26 do not add to its width.
 PECULIAR: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "llama": {"rope_parameters": LLAMA3},
     "mistral": {"head_dim": 26, "sliding_window": 20},
     "qwen2": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1},
-    "qwen3": {"head_dim": 24, "attention_bias": True},
 }
 
 
@@ -60,7 +60,7 @@ def toy(family: str, width: int, *, tied: bool = False, device: str = "cpu") -> 
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
-        **PECULIAR[family],
+        **family_config(family) | PECULIAR.get(family, {}),
     )
     generator = torch.Generator().manual_seed(width)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -231,7 +231,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 6,
     "vocab_size": 63,
 }
-KNOWN = "supported are llama, mistral, qwen2, qwen3"
+KNOWN = f"supported are {', '.join(FAMILIES)}"
 BOUND = "must be a whole number from 1 to"
 REFUSED = [
     (

@@ -38,6 +38,7 @@ from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import matrix_of, textbook_rotations
+from tests.support.entries import each_with, family_config
 from tests.support.toy import (
     LINEARS,
     calm,
@@ -143,24 +144,24 @@ def test_down_undoes_the_rotation_of_its_input(width: int) -> None:
     assert seen_BTI.abs().max() < 0.5 * u_BTI.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("family", "sizes"),
-    [
-        ("llama", {"heads": 24, "kv_heads": 8, "width": 96, "head_dim": 8}),
-        ("mistral", {"heads": 14, "kv_heads": 2, "width": 64, "head_dim": 26}),
-        ("qwen2", {"heads": 12, "kv_heads": 4, "width": 64, "head_dim": 128}),
-        ("qwen3", {"heads": 6, "kv_heads": 2, "width": 96, "head_dim": 24}),
-    ],
-)
+SIZES: list[dict[str, Any]] = [
+    {"heads": 24, "kv_heads": 8, "width": 96, "head_dim": 8},
+    {"heads": 14, "kv_heads": 2, "width": 64, "head_dim": 26},
+    {"heads": 12, "kv_heads": 4, "width": 64, "head_dim": 128},
+    {"heads": 6, "kv_heads": 2, "width": 96, "head_dim": 24},
+]
+
+
+@pytest.mark.parametrize(("family", "sizes"), each_with(FAMILIES, SIZES))
 def test_a_rotated_model_says_what_its_source_does(
     tmp_path: Path, family: str, sizes: dict[str, Any]
 ) -> None:
     """In 16-bit form too: norms, embedding, head, biases and all."""
-    more: dict[str, Any] = {"mlp": 76}
-    if family == "llama":
-        more |= {"attention_bias": True, "mlp_bias": True}
+    config = family_config(family) | sizes
+    if FAMILIES[family].whole_heads:
+        config["width"] = 4 * config["heads"]
     source = toy_checkpoint(
-        tmp_path / "toy", family=family, straddle=False, **sizes, **more
+        tmp_path / "toy", family=family, straddle=False, mlp=76, **config
     )
     output = tmp_path / "out"
     run_toy(source, output, method="rotate", **FULL)
@@ -180,7 +181,7 @@ def test_a_rotated_model_says_what_its_source_does(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_streams_of_a_block_agree(tmp_path: Path, family: str) -> None:
     """A block with online rotations is the portable block, stage by stage."""
-    source = toy_checkpoint(tmp_path / "toy", family=family)
+    source = toy_checkpoint(tmp_path / "toy", family=family, **family_config(family))
     checkpoint = open_toy(source)
     architecture = inspect_checkpoint(checkpoint)
     cpu, x_BTD = torch.device("cpu"), random(2, 24, 96)
@@ -227,16 +228,16 @@ def whole_model(source: Path, plan: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("llama", {"propagate": 0.5, "sweeps": 1, "refit": True}),
-        ("mistral", {"method": "rtn", "symmetric": False}),
-        ("qwen2", {"method": "gptq", "overrides": ("o_proj=4", "down_proj@1=16")}),
-        ("qwen3", {"group_size": -1, "head_bits": 8}),
-        ("llama", {"grid": "nf", "method": "rtn"}),
-    ],
-)
+SETTINGS: list[dict[str, Any]] = [
+    {"propagate": 0.5, "sweeps": 1, "refit": True},
+    {"method": "rtn", "symmetric": False},
+    {"method": "gptq", "overrides": ("o_proj=4", "down_proj@1=16")},
+    {"group_size": -1, "head_bits": 8},
+    {"grid": "nf", "method": "rtn"},
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), each_with(FAMILIES, SETTINGS))
 def test_a_quantized_model_is_the_textbooks_with_its_weights(
     tmp_path: Path, family: str, settings: dict[str, Any]
 ) -> None:
@@ -244,7 +245,7 @@ def test_a_quantized_model_is_the_textbooks_with_its_weights(
 
     The textbook's own matrices, not those of config.json.
     """
-    source = toy_checkpoint(tmp_path / "toy", family=family)
+    source = toy_checkpoint(tmp_path / "toy", family=family, **family_config(family))
     output = tmp_path / "out"
     run_toy(source, output, **FULL, **settings)
     plan, _ = plan_toy(source, **FULL, **settings)

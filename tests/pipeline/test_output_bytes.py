@@ -20,9 +20,11 @@ from rsq_stream.checkpoint.formats.compressed_tensors import FORMAT
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
 from rsq_stream.model.architecture import read_architecture
+from rsq_stream.model.families import FAMILIES
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from rsq_stream.output.verify import verify
 from rsq_stream.runtime.worker_pool import Pool
+from tests.support.entries import family_config
 from tests.support.toy import (
     calm,
     contents,
@@ -186,13 +188,14 @@ def test_compressed_tensors_decodes_what_we_decode(
         assert torch.equal(weight_OI.float(), ours[name])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["rsq", "gptq"])
 def test_many_bits_give_the_source_back(
     tmp_path: Path, family: str, method: str
 ) -> None:
     tied = method == "rsq"
-    source = toy_checkpoint(tmp_path / "toy", family=family, tied=tied)
+    config = family_config(family) | {"tied": tied}
+    source = toy_checkpoint(tmp_path / "toy", family=family, **config)
     output = tmp_path / "out"
     run_toy(source, output, method=method, bits=8)
     checkpoint = open_toy(source)
@@ -203,9 +206,10 @@ def test_many_bits_give_the_source_back(
     assert 10 * torch.log10(signal / noise) > 30
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rotate_alone_gives_the_source_back(tmp_path: Path, family: str) -> None:
-    source = toy_checkpoint(tmp_path / "toy", family=family, tied=True)
+    config = family_config(family) | {"tied": True}
+    source = toy_checkpoint(tmp_path / "toy", family=family, **config)
     summary = run_toy(source, tmp_path / "out", method="rotate")
     assert summary.records == ()
     assert not verify(tmp_path / "out", open_toy(source)).problems
