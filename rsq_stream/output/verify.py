@@ -33,7 +33,7 @@ from rsq_stream.storage import atomic
 _LARGEST_MANIFEST_BYTES = 500_000_000
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Verification:
     """What was found; ``problems`` is empty for a sound folder."""
 

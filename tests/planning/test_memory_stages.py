@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rsq_stream.cli.display.forecast import kept_bytes
-from rsq_stream.cli.options.resolve import Prepared, on_this_card
+from rsq_stream.cli.options.resolve import on_this_card
 
 from rsq_stream.checkpoint.files import FolderFiles
 from rsq_stream.checkpoint.shards import Checkpoint
@@ -20,6 +20,7 @@ from rsq_stream.config.settings import Settings
 from rsq_stream.errors import BudgetError
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.tensor_names import block_prefix
+from rsq_stream.pipeline.job import Job
 from rsq_stream.planning import quantization_plan
 from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.memory import fit
@@ -86,7 +87,12 @@ def memory_of(folder: Path, **changed: Any) -> MemoryPlan:
     device = torch.device("cuda" if changed.get("on_gpu", True) else "cpu")
     plan = make_plan(checkpoint, architecture, Settings(bits=2), None, device)
     fields: dict[str, Any] = {"in_flight": 1, "workers": 1, "on_gpu": True}
-    return MemoryPlan(architecture, plan, torch.bfloat16, **(fields | changed))
+    return MemoryPlan(
+        architecture=architecture,
+        plan=plan,
+        source_type=torch.bfloat16,
+        **(fields | changed),
+    )
 
 
 def executed(folder: Path, **options: Any) -> Any:
@@ -357,7 +363,7 @@ def test_the_last_units_at_work_are_not_kept_yet(
         in_flight=4,
         slot_bytes=0,
     )
-    made = Prepared(
+    job = Job(
         checkpoint=checkpoint,
         plan=plan,
         execution=chosen,
@@ -365,9 +371,9 @@ def test_the_last_units_at_work_are_not_kept_yet(
         windows=None,
         architecture=architecture,
     )
-    assert kept_bytes(made, "mlp in: pass") == 0
-    assert kept_bytes(made, "mlp out: pass") == 100 * counted
-    assert kept_bytes(made, "mlp out: solve down") == 100 * mlp_units
+    assert kept_bytes(job, "mlp in: pass") == 0
+    assert kept_bytes(job, "mlp out: pass") == 100 * counted
+    assert kept_bytes(job, "mlp out: solve down") == 100 * mlp_units
 
 
 @pytest.mark.parametrize("option", ["--vram", "--ram"])

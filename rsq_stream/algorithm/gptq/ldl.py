@@ -26,7 +26,7 @@ _ATTEMPTS = 8
 _GROWTH = 10.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Factor:
     """The factor and the Hessian in one square matrix."""
 

@@ -35,7 +35,7 @@ ROUNDING_BYTES = 2 * FP32 + 3 * 8
 """Bytes of a weight while it is rounded alone, its error's energy in fp64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """A plan on a device, with so many units in flight: what each stage takes."""
 
