@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from rsq_stream.ops.fast_hadamard import package_version
+from rsq_stream.ops.hadamard import package_version
 
 
 def device_kind(device: torch.device) -> str:
