@@ -156,7 +156,7 @@ class MemoryPlan:
         """Count the factor, and what the linear takes (``memory/solver.py``)."""
         shape = self.architecture.shape(linear)
         taken = solving_bytes(
-            self.plan, *shape, self._compute_size, self.workers, kept=self.keeps_weights
+            self.plan, shape, self._compute_size, self.workers, kept=self.keeps_weights
         )
         device = self._weights(solved, used=False) + self._statistics(group) + taken
         device += self._aside(shape[1])
