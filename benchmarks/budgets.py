@@ -29,7 +29,7 @@ MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 LENGTH = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """Two runs that differ in tokens or blocks."""
 
@@ -42,9 +42,28 @@ class Case:
 
 
 CASES = {
-    "narrow": Case("narrow", "gptq", "2GiB", (1, 1), (1 << 24, 1 << 25)),
-    "8B": Case("8B", "gptq", "3GiB", (1, 1), (1 << 14, 1 << 15), threads=1),
-    "blocks": Case("4M", "rsq", "1GiB", (8, 32), (1 << 13, 1 << 13)),
+    "narrow": Case(
+        shape="narrow",
+        method="gptq",
+        ram="2GiB",
+        blocks=(1, 1),
+        tokens=(1 << 24, 1 << 25),
+    ),
+    "8B": Case(
+        shape="8B",
+        method="gptq",
+        ram="3GiB",
+        blocks=(1, 1),
+        tokens=(1 << 14, 1 << 15),
+        threads=1,
+    ),
+    "blocks": Case(
+        shape="4M",
+        method="rsq",
+        ram="1GiB",
+        blocks=(8, 32),
+        tokens=(1 << 13, 1 << 13),
+    ),
 }
 
 

@@ -49,7 +49,7 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     return _RAW_BYTES / read_s, _RAW_BYTES / written_s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pace:
     """How long a block took, and what it could not have been faster than."""
 

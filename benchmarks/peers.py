@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ ENVIRONMENT = {
 Job = dict[str, Any]
 
 
-def run(*command: object, folder: Path | None = None) -> tuple[str, float]:
+def run(command: Sequence[object], folder: Path | None = None) -> tuple[str, float]:
     """Run a command, in a folder, and give what it prints and its seconds."""
     began = time.perf_counter()
     done = subprocess.run(
@@ -99,16 +100,17 @@ def environment(peer: str, folder: Path) -> Path:
     wanted = f"{TORCH} {PINS[peer]}"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"installing {wanted} in {place}", file=sys.stderr, flush=True)
-        _, seconds = run(sys.executable, "-m", "venv", place)
+        _, seconds = run([sys.executable, "-m", "venv", place])
         for second in ("numpy", PINS[peer]):
-            seconds += run(python, "-m", "pip", "install", TORCH, second)[1]
+            command = [python, "-m", "pip", "install", TORCH, second]
+            seconds += run(command)[1]
         stamp.write_text(wanted)
         print(f"installed in {seconds:.0f} s", file=sys.stderr, flush=True)
     return python
 
 
 def measure_peer(
-    peer: str, settings: Job, bits: int, options: Any, scratch: Path
+    peer: str, settings: Job, *, bits: int, options: Any, scratch: Path
 ) -> Job:
     """Quantize and measure in a process of the peer's environment."""
     python = environment(peer, options.environments)
@@ -122,7 +124,7 @@ def measure_peer(
 
 def work(python: str | Path, job: Job, scratch: Path) -> tuple[Job, float]:
     """Have a job done, and give its figures and the seconds of the process."""
-    _, seconds = run(python, WORKER, json.dumps(job), folder=scratch)
+    _, seconds = run([python, WORKER, json.dumps(job)], scratch)
     found: Job = json.loads((scratch / "result.json").read_text())
     return found, seconds
 
@@ -133,13 +135,14 @@ def measure_ours(settings: Job, bits: int, options: Any, scratch: Path) -> Job:
     for name in ("warm-up", "timed"):  # the first compiles, and does not count
         output = scratch / f"{name}-{bits}"
         samples = 1 if name == "warm-up" else options.samples
-        printed, seconds = run(
+        command = [
             *(PROGRAM, "quantize", options.model, "--bits", bits, "--json"),
             *("--group-size", options.group_size, "--seed", options.seed),
             *("--calibration", options.calibration, "--samples", samples),
             *("--sequence-length", options.sequence_length, "--device", "cpu"),
             *("--output", output, *given, *options.extra),
-        )
+        ]
+        printed, seconds = run(command)
     taken = json.loads(printed)["seconds"]
     found = {"quantize": taken, "saved": taken, "process": seconds}
     found["perplexity"] = evaluate(output, options)
@@ -153,7 +156,8 @@ def evaluate(model: Path, options: Any) -> float:
     some = () if options.max_windows is None else ("--max-windows", options.max_windows)
     length = ("--sequence-length", options.sequence_length)
     command = (PROGRAM, "eval", model, "--text", options.text, *length, *some)
-    return json.loads(run(*command, "--device", "cpu", "--json")[0])["perplexity"]
+    printed, _ = run((*command, "--device", "cpu", "--json"))
+    return json.loads(printed)["perplexity"]
 
 
 def save_windows(options: Any, path: Path) -> None:
@@ -168,7 +172,14 @@ def save_windows(options: Any, path: Path) -> None:
     tokenizer = load_tokenizer(options.model)
     name, seed = str(options.calibration), options.seed
     text, length = read_text(name, seed), options.sequence_length
-    chosen = choose_windows(text, tokenizer, options.samples, length, seed, name)
+    chosen = choose_windows(
+        text,
+        tokenizer,
+        samples=options.samples,
+        sequence_length=length,
+        seed=seed,
+        where=name,
+    )
     text = read_text(str(options.text), seed, "--text")
     how = {"bos": False, "max_windows": options.max_windows, "where": "--text"}
     measured = evaluation_windows(text, tokenizer, length, **how)
@@ -207,7 +218,10 @@ def line(row: tuple[str, str, Job], bits: int, options: Any, scratch: Path) -> s
             if peer == OURS:
                 runs.append(measure_ours(settings, bits, options, scratch))
             else:
-                runs.append(measure_peer(peer, settings, bits, options, scratch))
+                job = measure_peer(
+                    peer, settings, bits=bits, options=options, scratch=scratch
+                )
+                runs.append(job)
     except RuntimeError as error:
         return f"| {label} | {bits} | failed: {error} | | | |"
     figures = [

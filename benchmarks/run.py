@@ -177,7 +177,9 @@ def cache(folder: Path) -> None:
     if not has_direct_io(folder):
         print("no direct I/O here: the cache is not timed")
         return
-    shape = SlotShape(32, 2048, 4096, 1, torch.bfloat16)
+    shape = SlotShape(
+        sequences=32, tokens=2048, width=4096, unit_sequences=1, dtype=torch.bfloat16
+    )
     x_BTD = torch.randn(shape.unit_shape(0)).bfloat16()
     block = mmap.mmap(-1, shape.unit_bytes)
     block.write(x_BTD.view(torch.uint8).numpy().tobytes())

@@ -13,7 +13,6 @@ import rsq_stream
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 NOT_INSTALLED = {"tests", "benchmarks"}
-MAX_LINES = 300
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 
 
@@ -61,15 +60,6 @@ def test_generic_names_are_not_importable(name: str) -> None:
     # `kernels` is also a package on PyPI, which transformers imports if it is there.
     spec = find_spec(name)
     assert spec is None or not Path(str(spec.origin)).is_relative_to(ROOT / name)
-
-
-def test_files_are_short() -> None:
-    lines = {
-        str(file.relative_to(ROOT)): len(file.read_text().splitlines())
-        for folder in _packages_on_disk().values()
-        for file in folder.glob("*.py")
-    }
-    assert {file: n for file, n in lines.items() if n > MAX_LINES} == {}
 
 
 def test_changelog_begins_with_this_version() -> None:

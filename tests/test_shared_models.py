@@ -22,7 +22,14 @@ def test_transformers_gives_the_logits_of_our_decoded_weights(
 ) -> None:
     folder, output = shared / "models" / name, tmp_path / "out"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)[:100_000]
-    window_BT = choose_windows(text, load_tokenizer(folder), 8, 128, 0, "text")
+    window_BT = choose_windows(
+        text,
+        load_tokenizer(folder),
+        samples=8,
+        sequence_length=128,
+        seed=0,
+        where="text",
+    )
     run_toy(
         folder,
         output,
@@ -53,7 +60,9 @@ def test_the_defaults_are_no_worse_however_few_the_tokens(
     folder = shared / "models" / "tinystories-656K"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)
     tokenizer = load_tokenizer(folder)
-    window_BT = choose_windows(text, tokenizer, samples, 128, 0, "text")
+    window_BT = choose_windows(
+        text, tokenizer, samples=samples, sequence_length=128, seed=0, where="text"
+    )
     how: dict[str, Any] = {"bos": True, "max_windows": 40, "where": "text"}
     judged_BT = evaluation_windows(text, tokenizer, 128, **how)
     ours: dict[str, Any] = dict.fromkeys(("propagate", "sweeps", "refit", "shrinkage"))

@@ -113,7 +113,9 @@ def disk_speed(folder: Path) -> str:
     if free < 2 * _PROBE_BYTES:
         raise OSError(f"{folder.resolve()}: only {size(free)} free")
     sequences = _PROBE_BYTES // (512 * 2048 * torch.float32.itemsize)
-    shape = SlotShape(sequences, 512, 2048, 2, torch.float32)
+    shape = SlotShape(
+        sequences, tokens=512, width=2048, unit_sequences=2, dtype=torch.float32
+    )
     x_BTD = torch.randn(shape.unit_shape(0), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix=".rsq-stream-doctor-", dir=folder) as probe:
         direct = has_direct_io(Path(probe))

@@ -22,7 +22,7 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobOption:
     """An option of ``quantize`` as a file names it."""
 
@@ -91,7 +91,13 @@ def job_options() -> dict[str, JobOption]:
         for flags, negated in sides:
             for flag in flags:
                 name = flag.removeprefix("--")
-                found[name] = JobOption(name, parameter.name, kind, many, negated)
+                found[name] = JobOption(
+                    name=name,
+                    field=parameter.name,
+                    kind=kind,
+                    many=many,
+                    negated=negated,
+                )
     return found
 
 

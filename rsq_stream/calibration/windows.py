@@ -54,6 +54,7 @@ class Windows:
 def choose_windows(
     text: str,
     tokenizer: Callable[..., Any],
+    *,
     samples: int,
     sequence_length: int,
     seed: int,

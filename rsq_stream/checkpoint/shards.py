@@ -40,7 +40,7 @@ _LARGEST_JSON_BYTES = 500_000_000
 _READ_BYTES = 1 << 26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorEntry:
     """Where a tensor lies: shard, type, shape, and bytes from the data's start."""
 
@@ -262,4 +262,11 @@ def _parse_entry(name: str, value: Any, shard: str, where: str) -> TensorEntry:
             f"{where}: {name} of shape {list(shape)} needs {size_bytes} bytes,"
             f" its offsets give {end - begin}"
         )
-    return TensorEntry(name, shard, dtype, shape, begin, size_bytes)
+    return TensorEntry(
+        name=name,
+        shard=shard,
+        dtype=dtype,
+        shape=shape,
+        offset=begin,
+        size_bytes=size_bytes,
+    )

@@ -44,7 +44,7 @@ Tiles = list[tuple[int, list[Tensor]]]
 """Where in the vocabulary a tile begins, and those rows of each model's head."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What a text says of a model."""
 
@@ -157,7 +157,9 @@ def evaluate(
         tempfile.TemporaryDirectory(prefix="rsq-stream-eval-") as scratch,
         single_threaded_products(workers) as pool,
     ):
-        passes = Passes(pool, 2 * workers, listener, Event())
+        passes = Passes(
+            pool=pool, in_flight=2 * workers, listener=listener, stop=Event()
+        )
         slots = [
             _final_hidden(model, window_BT, Path(scratch) / str(number), passes)
             for number, model in enumerate(models)
@@ -184,11 +186,11 @@ def _final_hidden(
     """Run all windows through all blocks; the slot is overwritten block by block."""
     sequences, tokens = window_BT.shape
     shape = SlotShape(
-        sequences,
-        tokens,
-        model.architecture.width,
-        max(1, _UNIT_TOKENS // tokens),
-        model.compute_type,
+        sequences=sequences,
+        tokens=tokens,
+        width=model.architecture.width,
+        unit_sequences=max(1, _UNIT_TOKENS // tokens),
+        dtype=model.compute_type,
     )
     free = int(psutil.virtual_memory().available * 0.25)
     resident = min(shape.units, free // shape.unit_bytes)

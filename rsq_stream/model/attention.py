@@ -58,7 +58,9 @@ def attention(
             enable_gqa=True,
         )
     else:
-        output = _windowed(query_BHTK, key_BGTK, value_BGTK, scaling, window)
+        output = _windowed(
+            query_BHTK, key_BGTK, value_BGTK, scaling=scaling, window=window
+        )
     return output.transpose(1, 2), None
 
 
@@ -66,6 +68,7 @@ def _windowed(
     query_BHTK: Tensor,
     key_BGTK: Tensor,
     value_BGTK: Tensor,
+    *,
     scaling: float,
     window: int,
 ) -> Tensor:

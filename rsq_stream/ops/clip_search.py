@@ -41,7 +41,14 @@ def best_scale(
     if scale_RP.shape[1] == 1 and not mirrored:  # nothing to choose from
         return torch.zeros(len(scale_RP), dtype=torch.int64, device=scale_RP.device)
     if target_RC.is_cuda:
-        return best_scale_kernel(target_RC, scale_RP, zero_R, top, exponent, mirrored)
+        return best_scale_kernel(
+            target_RC,
+            scale_RP,
+            zero_R,
+            top=top,
+            exponent=exponent,
+            mirrored=mirrored,
+        )
     best_R = np.empty(target_RC.shape[0], dtype=np.int64)
     _best_scale(
         np.ascontiguousarray(target_RC.numpy()),

@@ -89,9 +89,8 @@ def column_sums_naive(
     window: int | None = None,
 ) -> Float[Tensor, "B T"]:
     """Do the same tile by tile of queries, on any device."""
-    sequences, heads, tokens, width = query_BHTK.shape
-    kv_heads = key_BGTK.shape[1]
-    query = query_BHTK.reshape(sequences, kv_heads, heads // kv_heads, tokens, width)
+    sequences, _, tokens, _ = query_BHTK.shape
+    query = query_BHTK.unflatten(1, (key_BGTK.shape[1], -1))  # by the key's head
     key = key_BGTK[:, :, None].float()
     sums_BT = query_BHTK.new_zeros((sequences, tokens), dtype=torch.float32)
     position_T = torch.arange(tokens, device=query.device)

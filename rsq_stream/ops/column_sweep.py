@@ -64,7 +64,14 @@ def sweep(
         What each code decodes to, rounded as it will be when loaded.
     """
     if target_RC.is_cuda:
-        return sweep_kernel(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
+        return sweep_kernel(
+            target_RC,
+            weight_RC,
+            upper_CC,
+            scale_R=scale_R,
+            zero_R=zero_R,
+            level_RL=level_RL,
+        )
     left_CR = by_columns(target_RC)
     code_CR = np.empty(left_CR.shape, dtype=np.uint8)
     error_CR = np.empty(left_CR.shape, dtype=np.float32)

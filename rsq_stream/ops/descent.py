@@ -44,7 +44,14 @@ def descend(
     ``pull_RC`` is P = e H at these columns; ``level_RL`` what each code decodes to.
     """
     if code_RC.is_cuda:
-        return descend_kernel(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
+        return descend_kernel(
+            code_RC,
+            pull_RC,
+            hessian_CC,
+            scale_R=scale_R,
+            zero_R=zero_R,
+            level_RL=level_RL,
+        )
     code_CR = by_columns(code_RC)
     _descend(
         code_CR,

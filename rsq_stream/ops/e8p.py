@@ -142,7 +142,13 @@ def sweep_lattice(
     unit_BCC = _unit_inverses(upper_CC)
     if target_RC.is_cuda:
         return sweep_lattice_naive(
-            target_RC, weight_RC, upper_CC, scale_R, level_RL, unit_BCC, round_lattice
+            target_RC,
+            weight_RC,
+            upper_CC,
+            scale_R=scale_R,
+            level_RL=level_RL,
+            unit_BCC=unit_BCC,
+            rounded=round_lattice,
         )
     owed_RC = (target_RC - weight_RC).contiguous()
     digit_RC = torch.empty(target_RC.shape, dtype=torch.uint8)
@@ -220,8 +226,13 @@ def descend_lattice(
     solved_BCC = torch.linalg.inv(_tiles(hessian_CC).double()).float().contiguous()
     if digit_RC.is_cuda:
         return descend_lattice_naive(
-            *(digit_RC, pull_RC, hessian_CC, scale_R, level_RL, solved_BCC),
-            round_lattice,
+            digit_RC,
+            pull_RC,
+            hessian_CC,
+            scale_R=scale_R,
+            level_RL=level_RL,
+            solved_BCC=solved_BCC,
+            rounded=round_lattice,
         )
     made_RC = digit_RC.contiguous().clone()
     descend_rows(

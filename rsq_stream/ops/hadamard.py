@@ -1,11 +1,16 @@
 """Hadamard product of runs of columns on a CUDA device, in one pass over memory.
 
 How the matrix is built, and the twin that runs everywhere, are in
-``algorithm/rotation/hadamard.py``.
+``algorithm/rotation/hadamard.py``. Powers of two may go to the kernels of the optional
+package ``fast-hadamard-transform``: it has them for CUDA only, and no wheel for most
+systems.
 """
 
+import importlib
+import importlib.metadata
 import math
 from functools import cache
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -24,6 +29,10 @@ _WARPS = 8
 _SHARING_CHUNKS = 28
 """A block of more has an SM to itself, and takes twice the warps."""
 _VECTOR_BYTES = 16
+_PACKAGE = "fast-hadamard-transform"
+_PACKAGE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PACKAGE_LONGEST = 1 << 15
+"""Longest row that the package's kernel takes."""
 
 
 def fits(x_LN: Tensor, dense: int, power: int) -> bool:
@@ -100,3 +109,42 @@ def _masks(entries: bytes, dense: int) -> list[str]:
     rows = [entries[at : at + dense] for at in range(0, len(entries), dense)]
     masks = [sum((entry > 127) << at for at, entry in enumerate(row)) for row in rows]
     return [f"0x{mask:x}ull" for mask in masks]
+
+
+@cache
+def _package() -> ModuleType | None:
+    """Import the optional package; None where it does not import.
+
+    Looking for an absent one takes as long as a small product, so it is done once.
+    """
+    try:
+        return importlib.import_module(_PACKAGE.replace("-", "_"))
+    except ImportError:
+        return None
+
+
+def package_version() -> str:
+    """Name the optional package's version for the plan, or its absence."""
+    if _package() is None:
+        return f"no {_PACKAGE}"
+    return f"{_PACKAGE} {importlib.metadata.version(_PACKAGE)}"
+
+
+def package_product(x_LN: Float[Tensor, "L N"]) -> Float[Tensor, "L N"] | None:
+    """Compute ``x @ H / sqrt(N)``, H Sylvester's, with the package; None if it cannot.
+
+    Its kernel takes CUDA tensors whose width is a power of two up to 32768.
+    """
+    width = x_LN.shape[1]
+    if (
+        not x_LN.is_cuda
+        or x_LN.dtype not in _PACKAGE_TYPES
+        or width & (width - 1)
+        or width > _PACKAGE_LONGEST
+    ):
+        return None
+    package = _package()
+    if package is None:
+        return None
+    product: Tensor = package.hadamard_transform(x_LN, scale=1 / math.sqrt(width))
+    return product

@@ -43,10 +43,10 @@ def best_table_scale(
             target_RC,
             scale_RP,
             torch.zeros_like(scale_RP[:, 0]),
-            len(value_L) - 1,
-            exponent,
-            mirrored,
-            (value_L, middles(value_L)),
+            top=len(value_L) - 1,
+            exponent=exponent,
+            mirrored=mirrored,
+            table=(value_L, middles(value_L)),
         )
     best_R = torch.empty(target_RC.shape[0], dtype=torch.int64)
     best_table_scales(
@@ -101,10 +101,10 @@ def sweep_table(
             target_RC,
             weight_RC,
             upper_CC,
-            scale_R,
-            torch.zeros_like(scale_R),
-            level_RL,
-            middles(value_L),
+            scale_R=scale_R,
+            zero_R=torch.zeros_like(scale_R),
+            level_RL=level_RL,
+            middle_M=middles(value_L),
         )
     left_CR = by_columns(target_RC)
     code_CR = np.empty(left_CR.shape, dtype=np.uint8)
@@ -160,10 +160,10 @@ def descend_table(
             code_RC,
             pull_RC,
             hessian_CC,
-            scale_R,
-            torch.zeros_like(scale_R),
-            level_RL,
-            middles(value_L),
+            scale_R=scale_R,
+            zero_R=torch.zeros_like(scale_R),
+            level_RL=level_RL,
+            middle_M=middles(value_L),
         )
     code_CR = by_columns(code_RC)
     descend_table_columns(

@@ -30,7 +30,7 @@ from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.storage import atomic
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Verification:
     """What was found; ``problems`` is empty for a sound folder."""
 

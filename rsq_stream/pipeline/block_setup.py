@@ -63,7 +63,7 @@ def open_block(
     quantizers = ActivationQuantizer(job.plan), AS_COMPUTED
     streams = [
         Stream(
-            Block(
+            block=Block(
                 job.architecture.family,
                 shared.config,
                 index,
@@ -72,8 +72,8 @@ def open_block(
                 online=shared.online,
                 quantizer=quantizer,
             ),
-            slots,
-            job.plan,
+            slots=slots,
+            plan=job.plan,
         )
         for slots, quantizer in zip(
             shared.slots.of_block(index), quantizers, strict=False

@@ -106,8 +106,13 @@ class StageStatistics:
         hessian = Hessian(columns, plan.hessian_panel, device)
         drift, alone = None, None
         weight = self._stage_weight(first)
-        size = plan.sequences, plan.sequence_length
-        watch = FiniteWatch(self.index, stage.name, *size, device)
+        watch = FiniteWatch(
+            self.index,
+            stage.name,
+            sequences=plan.sequences,
+            tokens=plan.sequence_length,
+            device=device,
+        )
         if plan.streams > 1:
             # Linears that share their input share C - H; o and down have a G each.
             # The last stream holds the source's weights.

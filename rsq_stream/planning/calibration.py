@@ -16,10 +16,10 @@ def calibration_windows(
     window_BT = choose_windows(
         text,
         tokenizer_of(checkpoint),
-        plan.samples,
-        plan.sequence_length,
-        plan.seed,
-        calibration,
+        samples=plan.samples,
+        sequence_length=plan.sequence_length,
+        seed=plan.seed,
+        where=calibration,
     )
     # The text and what the tokenizer took would lie in the heap's way of the run.
     del text

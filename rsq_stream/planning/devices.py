@@ -11,7 +11,7 @@ import torch
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import UsageError
 from rsq_stream.events import Listener, Notice
-from rsq_stream.ops.fast_hadamard import package_version
+from rsq_stream.ops.hadamard import package_version
 from rsq_stream.planning.memory.fit import CONTEXT_BYTES
 from rsq_stream.runtime.device_memory import cap, free_bytes
 

@@ -56,12 +56,12 @@ def plan_execution(
     kind = MeasuringMemory if measures else MemoryPlan
     memory = fitted(
         kind(
-            architecture,
-            plan,
-            linear_type(checkpoint, architecture),
-            min(wanted, plan.units) if plan.needs_calibration else 1,
-            options.workers,
-            options.on_gpu,
+            architecture=architecture,
+            plan=plan,
+            source_type=linear_type(checkpoint, architecture),
+            in_flight=min(wanted, plan.units) if plan.needs_calibration else 1,
+            workers=options.workers,
+            on_gpu=options.on_gpu,
         ),
         room,
         may_keep=not measures,

@@ -35,7 +35,7 @@ _DISK_BYTES = 32 << 20
 _GPU_TIMES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """Work in a second, of all workers together."""
 

@@ -1,14 +1,13 @@
 """How many activations a slot holds, and how they are cut into units."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from rsq_stream.config.quantization_plan import QuantizationPlan
 
 
-@dataclass(frozen=True)
-class SlotShape:
+class SlotShape(NamedTuple):
     """The shape of every slot of a run, and how it is cut into units."""
 
     sequences: int

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.hessian import Hessian
-from rsq_stream.algorithm.gptq.ldl import Factor, factorise, wide_blocks
+from rsq_stream.algorithm.gptq.ldl import Factor, factor_block, factorise, wide_blocks
 from rsq_stream.errors import NumericalError
-from rsq_stream.ops.cholesky import factor_block
 from rsq_stream.runtime.worker_pool import Pool, single_threaded_products
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

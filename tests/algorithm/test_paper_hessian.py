@@ -120,7 +120,9 @@ def test_on_a_trained_model(
     source = shared / "models" / "tinystories-656K"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)[:100_000]
     tokenizer = load_tokenizer(source)
-    window_BT = choose_windows(text, tokenizer, SAMPLES, LENGTH, 0, "text")
+    window_BT = choose_windows(
+        text, tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0, where="text"
+    )
     found = distances(source, tmp_path / "out", Windows(window_BT, 1), monkeypatch)
     assert max(found) < 1e-5
 

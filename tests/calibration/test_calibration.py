@@ -29,7 +29,14 @@ DOCUMENTS = ["The first.", "Zwei\nZeilen", "troisième ✓"]
 
 def windows_of(text: str, samples: int, length: int, seed: int) -> list[list[int]]:
     tokenizer = toy_tokenizer()
-    chosen = choose_windows(text, tokenizer, samples, length, seed, "text.txt")
+    chosen = choose_windows(
+        text,
+        tokenizer,
+        samples=samples,
+        sequence_length=length,
+        seed=seed,
+        where="text.txt",
+    )
     assert chosen.dtype == torch.int32
     assert chosen.shape == (samples, length)
     rows: list[list[int]] = chosen.tolist()
@@ -286,10 +293,11 @@ def peak():
 
 tokenizer = load_tokenizer(Path({str(MODEL)!r}))
 text = Path({str(CALIBRATION)!r}).read_text("utf-8")
-choose_windows(text[:100_000], tokenizer, 1, 8, 0, "here")
+sizes = {{"samples": 1, "sequence_length": 8, "seed": 0, "where": "here"}}
+choose_windows(text[:100_000], tokenizer, **sizes)
 text = text * (4_000_000 // len(text))
 before = peak()
-choose_windows(text, tokenizer, 1, 8, 0, "here")
+choose_windows(text, tokenizer, **sizes)
 sys.stdout.write(str(peak() - before))
 """
     made = subprocess.run(

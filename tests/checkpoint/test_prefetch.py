@@ -158,7 +158,14 @@ def test_it_is_for_a_gpu_whose_host_has_room(toy: Path) -> None:
         None,
         device=torch.device("cpu"),
     )
-    memory = MemoryPlan(architecture, plan, torch.float32, 1, 1, on_gpu=True)
+    memory = MemoryPlan(
+        architecture=architecture,
+        plan=plan,
+        source_type=torch.float32,
+        in_flight=1,
+        workers=1,
+        on_gpu=True,
+    )
     ahead = dataclasses.replace(memory, reads_ahead=True)
     stored = memory._stored
     for before, after in zip(memory.stages(), ahead.stages(), strict=True):

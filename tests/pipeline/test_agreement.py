@@ -80,7 +80,9 @@ def perplexities(
     folder = shared / "models" / "tinystories-656K"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)
     tokenizer = load_tokenizer(folder)
-    window_BT = choose_windows(text, tokenizer, SAMPLES, LENGTH, 0, "text")
+    window_BT = choose_windows(
+        text, tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0, where="text"
+    )
     judged_BT = evaluation_windows(
         text, tokenizer, LENGTH, bos=False, max_windows=40, where="text"
     )

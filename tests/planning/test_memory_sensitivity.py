@@ -63,7 +63,12 @@ def stages(folder: Path, method: str, **changed: Any) -> dict[str, StageMemory]:
     if plan.needs_calibration:
         plan, kind = measuring_plan(plan), MeasuringMemory
     fields: dict[str, Any] = {"in_flight": 1, "workers": 1, "on_gpu": True}
-    made = kind(architecture, plan, torch.bfloat16, **fields | changed)
+    made = kind(
+        architecture=architecture,
+        plan=plan,
+        source_type=torch.bfloat16,
+        **fields | changed,
+    )
     return {stage.name: stage for stage in made.stages()}
 
 

@@ -87,7 +87,12 @@ def memory_of(folder: Path, **changed: Any) -> MemoryPlan:
     device = torch.device("cuda" if changed.get("on_gpu", True) else "cpu")
     plan = make_plan(checkpoint, architecture, Settings(bits=2), None, device=device)
     fields: dict[str, Any] = {"in_flight": 1, "workers": 1, "on_gpu": True}
-    return MemoryPlan(architecture, plan, torch.bfloat16, **(fields | changed))
+    return MemoryPlan(
+        architecture=architecture,
+        plan=plan,
+        source_type=torch.bfloat16,
+        **(fields | changed),
+    )
 
 
 def executed(folder: Path, **options: Any) -> Any:
@@ -358,7 +363,7 @@ def test_the_last_units_at_work_are_not_kept_yet(
         in_flight=4,
         slot_bytes=0,
     )
-    made = Job(
+    job = Job(
         checkpoint=checkpoint,
         plan=plan,
         execution=chosen,
@@ -366,9 +371,9 @@ def test_the_last_units_at_work_are_not_kept_yet(
         windows=None,
         architecture=architecture,
     )
-    assert kept_bytes(made, "mlp in: pass") == 0
-    assert kept_bytes(made, "mlp out: pass") == 100 * counted
-    assert kept_bytes(made, "mlp out: solve down") == 100 * mlp_units
+    assert kept_bytes(job, "mlp in: pass") == 0
+    assert kept_bytes(job, "mlp out: pass") == 100 * counted
+    assert kept_bytes(job, "mlp out: solve down") == 100 * mlp_units
 
 
 @pytest.mark.parametrize("option", ["--vram", "--ram"])

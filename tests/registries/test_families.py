@@ -218,7 +218,7 @@ def test_damaged_codes_are_solved_again_from_the_stage_they_are_of(
 
 def test_memory_and_time_are_planned_for_each_kind(toy: Path, tmp_path: Path) -> None:
     """A stage that k has for itself: what the run took, and what was planned."""
-    rates = Rates(*[1e9] * len(dataclasses.fields(Rates)))
+    rates = Rates(**{field.name: 1e9 for field in dataclasses.fields(Rates)})
     seconds = []
     for name in ("plain", "parted"):
         plan, _ = plan_toy(toy)

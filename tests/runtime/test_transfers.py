@@ -277,7 +277,7 @@ def test_a_bad_place_is_named(
     monkeypatch: pytest.MonkeyPatch, looks: bool, bad: float
 ) -> None:
     monkeypatch.setattr(finite_check, "_looks_at_each_unit", lambda _: looks)
-    watch = FiniteWatch(3, "mlp in", 6, 5, torch.device("cpu"))
+    watch = FiniteWatch(3, "mlp in", sequences=6, tokens=5, device=torch.device("cpu"))
     x_BTD = torch.full((2, 5, 7), 3e38)  # finite, but its sum is not
     watch.see(x_BTD, 0)
     watch.require()

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.errors import NumericalError
-from rsq_stream.ops.cholesky import factor_block
 from rsq_stream.ops.column_layout import product
 from rsq_stream.runtime.worker_pool import Pool
 
@@ -26,7 +25,7 @@ _ATTEMPTS = 8
 _GROWTH = 10.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Factor:
     """The factor and the Hessian in one square matrix."""
 
@@ -181,6 +180,19 @@ def _factor_upper(matrix_II: Tensor, tile: int, pool: Pool) -> Tensor | None:
         block_WW /= root_W
         scale_I[first:end] = root_W.square()
     return None if bool(failed) else scale_I
+
+
+def factor_block(block_CC: Float[Tensor, "C C"]) -> Int[Tensor, ""]:
+    """Overwrite a symmetric block by R, ``A = R R^T``, with zeros below its diagonal.
+
+    Only the upper triangle is read. It is the library's Cholesky, of the block turned
+    end to end. Returns -1, or the index of the first pivot (from the last row upward)
+    that is not positive; the block is then spoiled. The answer stays where the block
+    is, because whoever looks at it on a GPU waits for it.
+    """
+    lower_CC, info = torch.linalg.cholesky_ex(block_CC.flip(0, 1))
+    block_CC.copy_(lower_CC.flip(0, 1))
+    return torch.where(info > 0, block_CC.shape[0] - info, -1)
 
 
 def _looks_at_each_block(matrix_II: Tensor) -> bool:

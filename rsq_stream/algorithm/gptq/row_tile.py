@@ -6,7 +6,7 @@ row is swept with each, and keeps the one that leaves the least loss. In the end
 is compared with plain rounding to the scales that are kept.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.ldl import Factor, wide_blocks
 from rsq_stream.algorithm.gptq.loss import squared_norm, weighted_losses
-from rsq_stream.algorithm.gptq.refine import Polish
+from rsq_stream.algorithm.gptq.refine import Polish, SweptTile
 from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.ops.column_layout import empty, laid_out, plus_product, product
 
@@ -50,81 +50,61 @@ def solve_tile(
     sweep_tile = partial(
         _sweep_tile,
         weight_RI,
-        factor,
-        grid,
-        group_size,
-        inverse_GCC,
+        factor=factor,
+        grid=grid,
+        group_size=group_size,
+        inverse_GCC=inverse_GCC,
         measured=bool(grid.trials) or not polished,
     )
     if group_size == -1:
-        found_R, zero_R = grid.search(weight_RI)
-        made = sweep_tile((found_R, zero_R))
+        scale_R, zero_R = grid.search(weight_RI)
+        tile = sweep_tile(row_scales=(scale_R, zero_R))
         for share in grid.trials:
-            tried = sweep_tile((grid.stored(found_R * share), zero_R))
-            made.take_better_rows(tried)
+            trial = sweep_tile(row_scales=(grid.stored(scale_R * share), zero_R))
+            tile.take_better_rows(trial)
     else:
-        made = sweep_tile(None)
+        tile = sweep_tile(row_scales=None)
     if polished:
         polish = Polish(
-            weight_RI,
-            made.code_RI,
-            made.scale_RG,
-            made.zero_RG,
-            made.error_RI,
-            factor,
-            grid,
-            group_size,
+            tile=tile,
+            weight_RI=weight_RI,
+            factor=factor,
+            grid=grid,
+            group_size=group_size,
         )
         polish.run(sweeps, refit=refit)
-    _, nearest_error_RI = round_tile(weight_RI, made.scale_RG, made.zero_RG, grid)
+    _, nearest_error_RI = round_tile(weight_RI, tile.scale_RG, tile.zero_RG, grid)
     others = (nearest_error_RI, weight_RI)
     if polished:
-        losses = weighted_losses((made.error_RI, *others), factor)
+        losses = weighted_losses((tile.error_RI, *others), factor)
     else:
         # The sweep's own sum, which has lambda in it, spares a product.
-        solved = made.loss_R.sum(dtype=torch.float64)
-        solved -= factor.damp * squared_norm(made.error_RI)
+        solved = tile.loss_R.sum(dtype=torch.float64)
+        solved -= factor.damp * squared_norm(tile.error_RI)
         rest = weighted_losses(others, factor)
         losses = torch.cat([solved.clamp(min=0)[None], rest])
     return Tile(
-        made.code_RI.contiguous(),
-        made.scale_RG.contiguous(),
-        made.zero_RG.contiguous(),
+        tile.code_RI.contiguous(),
+        tile.scale_RG.contiguous(),
+        tile.zero_RG.contiguous(),
         losses,
     )
 
 
-@dataclass
-class _Made:
-    """A tile of rows after the sweep."""
-
-    code_RI: Tensor
-    error_RI: Tensor
-    scale_RG: Tensor
-    zero_RG: Tensor
-    loss_R: Tensor
-    """e (H + lambda I) e^T of each row; 0 where it is not asked for."""
-
-    def take_better_rows(self, other: "_Made") -> None:
-        """Take over the rows in which the other leaves less of a loss."""
-        better_R = other.loss_R < self.loss_R
-        for field in fields(self):
-            getattr(self, field.name)[better_R] = getattr(other, field.name)[better_R]
-
-
 def _sweep_tile(
     weight_RI: Tensor,
+    *,
     factor: Factor,
     grid: Grid,
     group_size: int,
     inverse_GCC: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
-    *,
+    row_scales: tuple[Tensor, Tensor] | None,
     measured: bool,
-) -> _Made:
+) -> SweptTile:
     """Take a tile of rows through all columns.
 
-    ``given`` are scale and zero point of each row; without them, groups have their own.
+    ``row_scales`` holds scale and zero point of each row; without it, each group is
+    searched when the sweep reaches it.
     """
     rows, inputs = weight_RI.shape
     block = factor.tile if group_size == -1 else group_size
@@ -133,8 +113,8 @@ def _sweep_tile(
     code_RI = empty(rows, inputs, weight_RI, torch.uint8)
     scale_RG, zero_RG = (empty(rows, groups, weight_RI) for _ in range(2))
     loss_R = torch.zeros_like(weight_RI[:, 0])
-    if given is not None:
-        scale_R, zero_R = scale_RG[:, 0], zero_RG[:, 0] = given
+    if row_scales is not None:
+        scale_R, zero_R = scale_RG[:, 0], zero_RG[:, 0] = row_scales
     for first, last in wide_blocks(inputs, block):
         # What all earlier blocks' errors leave to be made up for, for some at once.
         owed_RW = product(error_RI[:, :first], factor.matrix_II[:first, first:last])
@@ -146,7 +126,7 @@ def _sweep_tile(
                 error_RI[:, first:start],
                 factor.matrix_II[first:start, columns],
             )
-            if given is None:
+            if row_scales is None:
                 group = start // block
                 searched_RC = (
                     weight_RC
@@ -159,15 +139,21 @@ def _sweep_tile(
                 owed_RC + weight_RC,
                 weight_RC,
                 factor.matrix_II[columns, columns],
-                scale_R,
-                zero_R,
-                grid.levels(scale_R, zero_R),
+                scale_R=scale_R,
+                zero_R=zero_R,
+                level_RL=grid.levels(scale_R, zero_R),
             )
             code_RI[:, columns] = swept.code_RC
             error_RI[:, columns] = swept.error_RC
             if measured:
                 loss_R += swept.left_RC.square() @ factor.scale_I[columns]
-    return _Made(code_RI, error_RI, scale_RG, zero_RG, loss_R)
+    return SweptTile(
+        code_RI=code_RI,
+        error_RI=error_RI,
+        scale_RG=scale_RG,
+        zero_RG=zero_RG,
+        loss_R=loss_R,
+    )
 
 
 def round_tile(

@@ -36,7 +36,7 @@ Target = Callable[[Tensor, slice], Tensor]
 """Gives what some rows ``[R, I]`` of the weights are to become, from these rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solution:
     """The codes of one linear and how well they do."""
 

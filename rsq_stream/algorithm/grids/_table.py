@@ -94,28 +94,42 @@ class TableGrid(Grid):
         target_RC: Tensor,
         weight_RC: Tensor,
         upper_CC: Tensor,
+        *,
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Swept:
         """Quantize a block of columns (``ops/table.py``)."""
         del zero_R
-        value_L = self.values.to(target_RC.device)
-        return sweep_table(target_RC, weight_RC, upper_CC, scale_R, value_L, level_RL)
+        return sweep_table(
+            target_RC,
+            weight_RC,
+            upper_CC,
+            scale_R=scale_R,
+            value_L=self.values.to(target_RC.device),
+            level_RL=level_RL,
+        )
 
     def descend(
         self,
         code_RC: Tensor,
         pull_RC: Tensor,
         hessian_CC: Tensor,
+        *,
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Tensor:
         """Return better codes for a block of columns (``ops/table.py``)."""
         del zero_R
-        value_L = self.values.to(code_RC.device)
-        return descend_table(code_RC, pull_RC, hessian_CC, scale_R, value_L, level_RL)
+        return descend_table(
+            code_RC,
+            pull_RC,
+            hessian_CC,
+            scale_R=scale_R,
+            value_L=self.values.to(code_RC.device),
+            level_RL=level_RL,
+        )
 
     def decode(
         self, code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor

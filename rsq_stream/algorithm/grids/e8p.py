@@ -86,26 +86,32 @@ class LatticeGrid(TableGrid):
         target_RC: Tensor,
         weight_RC: Tensor,
         upper_CC: Tensor,
+        *,
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Swept:
         """Quantize a block of columns, 8 by 8; codes are digits."""
         del zero_R
-        return sweep_lattice(target_RC, weight_RC, upper_CC, scale_R, level_RL)
+        return sweep_lattice(
+            target_RC, weight_RC, upper_CC, scale_R=scale_R, level_RL=level_RL
+        )
 
     def descend(
         self,
         code_RC: Tensor,
         pull_RC: Tensor,
         hessian_CC: Tensor,
+        *,
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Tensor:
         """Return better digits for a block of columns, 8 at a time."""
         del zero_R
-        return descend_lattice(code_RC, pull_RC, hessian_CC, scale_R, level_RL)
+        return descend_lattice(
+            code_RC, pull_RC, hessian_CC, scale_R=scale_R, level_RL=level_RL
+        )
 
     def packed_shape(
         self, outputs: int, inputs: int

@@ -85,7 +85,7 @@ class IntegerGrid(Grid):
             target_RC,
             scale_RP,
             zero_R,
-            self.top,
+            top=self.top,
             exponent=self.clip_exponent,
             mirrored=self._mirrored,
         )
@@ -127,24 +127,40 @@ class IntegerGrid(Grid):
         target_RC: Tensor,
         weight_RC: Tensor,
         upper_CC: Tensor,
+        *,
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Swept:
         """Quantize a block of columns (``ops/column_sweep.py``)."""
-        return sweep(target_RC, weight_RC, upper_CC, scale_R, zero_R, level_RL)
+        return sweep(
+            target_RC,
+            weight_RC,
+            upper_CC,
+            scale_R=scale_R,
+            zero_R=zero_R,
+            level_RL=level_RL,
+        )
 
     def descend(
         self,
         code_RC: Tensor,
         pull_RC: Tensor,
         hessian_CC: Tensor,
+        *,
         scale_R: Tensor,
         zero_R: Tensor,
         level_RL: Tensor,
     ) -> Tensor:
         """Return better codes for a block of columns (``ops/descent.py``)."""
-        return descend(code_RC, pull_RC, hessian_CC, scale_R, zero_R, level_RL)
+        return descend(
+            code_RC,
+            pull_RC,
+            hessian_CC,
+            scale_R=scale_R,
+            zero_R=zero_R,
+            level_RL=level_RL,
+        )
 
     def decode(
         self, code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor

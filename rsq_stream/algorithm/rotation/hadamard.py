@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsq_stream.ops.fast_hadamard import walsh_product
-from rsq_stream.ops.hadamard import fits, hadamard_kernel
+from rsq_stream.ops.hadamard import fits, hadamard_kernel, package_product
 
 _LARGEST_PALEY = 1024
 """Widest Paley factor: it is applied dense, and above this a fallback is cheaper."""
@@ -126,7 +125,7 @@ def hadamard_product(x_LN: Float[Tensor, "L N"], order: int) -> Float[Tensor, "L
     Kronecker factors of H: n sum(factors) steps in place of n**2.
     """
     rows, width = x_LN.shape
-    fast = walsh_product(x_LN.reshape(-1, order))
+    fast = package_product(x_LN.reshape(-1, order))
     if fast is not None:
         return fast.reshape(rows, width)
     m, power = factors_of(order) or (order, 1)

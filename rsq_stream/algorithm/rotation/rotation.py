@@ -24,7 +24,7 @@ _SMALLEST_BLOCK = 64
 """Below this a block-diagonal Hadamard mixes too few inputs to be worth it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rotation:
     """An orthogonal matrix of a given size, by name and seed."""
 
@@ -87,5 +87,7 @@ def make_rotation(name: str, size: int, seed: int) -> Rotation:
         # The sign of R's diagonal is LAPACK's choice; fixing it makes Q unique.
         q_NN, r_NN = torch.linalg.qr(gaussian)
         dense = q_NN * r_NN.diagonal().sign()
-        return Rotation(name, size, 0, signs.float(), dense)
-    return Rotation(name, size, int(order), signs.float())
+        return Rotation(
+            name=name, size=size, order=0, signs_N=signs.float(), dense_NN=dense
+        )
+    return Rotation(name=name, size=size, order=int(order), signs_N=signs.float())

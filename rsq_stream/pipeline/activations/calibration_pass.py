@@ -22,7 +22,7 @@ from rsq_stream.storage.activation_cache import Slot
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Passes:
     """How passes are run: threads, units in flight, who listens, who may stop."""
 

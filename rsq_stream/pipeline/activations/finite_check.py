@@ -43,6 +43,7 @@ class FiniteWatch:
         self,
         block: int,
         stage: str,
+        *,
         sequences: int,
         tokens: int,
         device: torch.device,

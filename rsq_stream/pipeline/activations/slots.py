@@ -25,7 +25,7 @@ from rsq_stream.storage.direct_io import has_direct_io
 TURNS = ("even", "odd", "h")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slots:
     """The slots of one block."""
 

@@ -22,7 +22,7 @@ from rsq_stream.runtime.tensor_arena import Pages
 from rsq_stream.storage.activation_cache import Slot
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stream:
     """One stream: a block whose weights may change between stages, and its slots."""
 
@@ -135,7 +135,13 @@ class Stream:
             return x_BTD
 
         shape = slots.h.shape
-        watch = FiniteWatch(index, "outputs", shape.sequences, shape.tokens, device)
+        watch = FiniteWatch(
+            index,
+            "outputs",
+            sequences=shape.sequences,
+            tokens=shape.tokens,
+            device=device,
+        )
         for run in passes.over([slots.h], index, "outputs", one):
             for unit, x_BTD in run:
                 watch.see(x_BTD, unit * shape.unit_sequences)

@@ -185,7 +185,7 @@ class MeasuringRun(Run):
             rope=shared.rope,
             online=shared.online,
         )
-        stream = Stream(block, slots, job.plan)
+        stream = Stream(block=block, slots=slots, plan=job.plan)
         return BlockMeter(
             run=self,
             index=index,

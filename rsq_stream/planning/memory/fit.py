@@ -28,7 +28,7 @@ FREE_SHARE = 0.8
 """Of free host memory, what a run without ``--ram`` takes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Room:
     """What this process may still take, and whether an option said so."""
 

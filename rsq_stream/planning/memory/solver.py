@@ -18,8 +18,7 @@ Of few rows, three more are put below each other (``loss.py``)."""
 
 def solving_bytes(
     plan: QuantizationPlan,
-    outputs: int,
-    inputs: int,
+    shape: tuple[int, int],
     size: int,
     workers: int,
     *,
@@ -31,6 +30,7 @@ def solving_bytes(
     what its codes stand for takes the place of its weights. ``size`` is the bytes of a
     value there. Weights that a GPU has ``kept`` are not copied tile by tile.
     """
+    outputs, inputs = shape
     whole, tile_rows = outputs * inputs, plan.tile_rows_of(inputs)
     rows = min(outputs, tile_rows)
     tiles = min(workers, -(-outputs // tile_rows)) * FP32 * rows * inputs

@@ -35,7 +35,7 @@ ROUNDING_BYTES = 2 * FP32 + 3 * 8
 """Bytes of a weight while it is rounded alone, its error's energy in fp64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """A plan on a device, with so many units in flight: what each stage takes."""
 
@@ -156,7 +156,7 @@ class MemoryPlan:
         """Count the factor, and what the linear takes (``memory/solver.py``)."""
         shape = self.architecture.shape(linear)
         taken = solving_bytes(
-            self.plan, *shape, self._compute_size, self.workers, kept=self.keeps_weights
+            self.plan, shape, self._compute_size, self.workers, kept=self.keeps_weights
         )
         device = self._weights(solved, used=False) + self._statistics(group) + taken
         device += self._aside(shape[1])
