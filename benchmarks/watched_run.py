@@ -34,7 +34,7 @@ import rsq_stream.pipeline.bit_allocation.choose_bits
 import rsq_stream.pipeline.quantize
 import rsq_stream.planning.execution_plan  # noqa: F401  all that a run imports counts before its limit
 from rsq_stream.config.run_options import parse_size
-from rsq_stream.pipeline.stage_profile import StageMeter
+from rsq_stream.pipeline.stage_profile import StageProfiler
 from rsq_stream.storage.journal import Journal
 
 EVERY_S = 0.002
@@ -69,10 +69,10 @@ class Watch:
 
 def follow_stages(watch: Watch) -> list[tuple[str, int, int]]:
     """Tell the watch which stage it is; gives a list that gets their spans, in ns."""
-    known, spans = StageMeter.stage, []
+    known, spans = StageProfiler.stage, []
 
     @contextmanager
-    def stage(self: StageMeter, name: str) -> Iterator[None]:
+    def stage(self: StageProfiler, name: str) -> Iterator[None]:
         watch.stage, began = name, time.time_ns()
         try:
             with known(self, name):  # its end waits for the GPU
@@ -81,7 +81,7 @@ def follow_stages(watch: Watch) -> list[tuple[str, int, int]]:
             watch.stage = ""
             spans.append((name, began, time.time_ns()))
 
-    StageMeter.stage = stage  # type: ignore[method-assign]
+    StageProfiler.stage = stage  # type: ignore[method-assign]
     return spans
 
 

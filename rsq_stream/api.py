@@ -22,10 +22,10 @@ import torch
 
 from rsq_stream.calibration.text import read_text
 from rsq_stream.checkpoint.loading import load_model as load_model
-from rsq_stream.checkpoint.manifest import served_scheme
+from rsq_stream.checkpoint.manifest import served_rounding
 from rsq_stream.checkpoint.opening import Model, open_checkpoint, tokenizer_of
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.activations import ActivationScheme
+from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError
@@ -42,7 +42,7 @@ from rsq_stream.output.verify import Verification
 from rsq_stream.output.verify import verify as verify_folder
 from rsq_stream.pipeline.bit_allocation.choose_bits import Choice, require_reachable
 from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits as choose
-from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
+from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
 from rsq_stream.pipeline.job import Job, RunSummary
 from rsq_stream.pipeline.quantize import quantize as run
 from rsq_stream.planning.calibration import calibration_windows
@@ -154,7 +154,7 @@ def choose_bits(
         ``stop`` was set: finished blocks are kept.
     """
     parts = job.checkpoint, job.architecture
-    measuring = measuring_plan(job.plan)
+    measuring = sensitivity_plan(job.plan)
     # Libraries and text that came since are in what each plan has to spare.
     used = job.execution.used_bytes
     execution = plan_execution(
@@ -198,10 +198,10 @@ class Evaluated:
     evaluation: Evaluation
     sequence_length: int
     """Tokens of a window."""
-    simulated: ActivationScheme
+    simulated: ActivationRounding
     """The activations that were rounded."""
-    calibrated_for: ActivationScheme
-    against: ActivationScheme | None
+    calibrated_for: ActivationRounding
+    against: ActivationRounding | None
     """The activations of the other model that were rounded."""
     sample: str | None
     """What the model writes after the prompt, if one was given."""
@@ -224,7 +224,7 @@ def evaluate(
 ) -> Evaluated:
     """Measure perplexity on a text, and the divergence from another model.
 
-    ``activations`` replaces fields of the ``ActivationScheme`` that the folder was
+    ``activations`` replaces fields of the ``ActivationRounding`` that the folder was
     calibrated for; None leaves a field as it is. ``sample`` is a prompt.
 
     Raises
@@ -246,7 +246,7 @@ def evaluate(
     place = pick_device(device)
     checkpoint = _opened(model)
     other = _opened(against) if against is not None else None
-    calibrated_for = served_scheme(checkpoint)
+    calibrated_for = served_rounding(checkpoint)
     scheme = calibrated_for.changed(dict(activations or {}))
     length = window_length(checkpoint, sequence_length)
     window_BT = evaluation_windows(
@@ -276,7 +276,7 @@ def evaluate(
         sequence_length=length,
         simulated=scheme,
         calibrated_for=calibrated_for,
-        against=served_scheme(other) if other is not None else None,
+        against=served_rounding(other) if other is not None else None,
         sample=written,
     )
 

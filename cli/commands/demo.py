@@ -29,7 +29,7 @@ rotated models keep a head beside the embedding, which weighs on one this small.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class DemoRow:
     """One line of the table."""
 
     method: str
@@ -54,7 +54,7 @@ def demo(
     """Quantize the bundled model with every method; show before and after."""
     del debug
     began = time.monotonic()
-    lines: list[Line] = []
+    lines: list[DemoRow] = []
     with _folder(output) as folder:
         for line in _measured(folder, bits or list(_BITS), samples):
             lines.append(line)
@@ -83,7 +83,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]:
+def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[DemoRow]:
     """Give the source's line, then one per number of bits and method."""
     from rsq_stream.checkpoint.opening import open_checkpoint
     from rsq_stream.demo import CALIBRATION, MODEL
@@ -93,7 +93,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
     sizes = [entry.size_bytes for entry in source.tensors.values()]
     weights = sum(e.size_bytes // e.dtype.itemsize for e in source.tensors.values())
     perplexity, sample = _tried(MODEL)
-    yield Line(
+    yield DemoRow(
         method="source",
         bits=None,
         group_size=None,
@@ -118,7 +118,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[Line]
             made = prepare(str(MODEL), options, read_calibration=True)
             summary = quantize(made)
             perplexity, sample = _tried(summary.output)
-            yield Line(
+            yield DemoRow(
                 method=method,
                 bits=bits,
                 group_size=options.group_size,
@@ -158,7 +158,7 @@ def _tried(folder: Path) -> tuple[float, str]:
 _HEAD = ("method", "bits", "group", "perplexity", "bytes", "bits/weight", "seconds")
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: DemoRow) -> tuple[str, ...]:
     return (
         line.method,
         str(line.bits or ""),

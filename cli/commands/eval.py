@@ -35,7 +35,7 @@ from ..options.common import (
 if TYPE_CHECKING:
     from rsq_stream.api import Evaluated
     from rsq_stream.checkpoint.shards import Checkpoint
-    from rsq_stream.config.activations import ActivationScheme
+    from rsq_stream.config.activations import ActivationRounding
 
 
 def evaluate_model(
@@ -143,7 +143,7 @@ def _in_sequence(listener: Listener, models: "list[Checkpoint]") -> Listener:
 
 
 def _simulated(
-    scheme: "ActivationScheme", made_for: "ActivationScheme"
+    scheme: "ActivationRounding", made_for: "ActivationRounding"
 ) -> dict[str, str]:
     """Say which activations were rounded, and whether the folder asks for that."""
     if not scheme.rounds_activations and not made_for.rounds_activations:

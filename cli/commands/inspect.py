@@ -3,7 +3,7 @@
 from typing import Any
 
 from rsq_stream.algorithm.grids import GRIDS
-from rsq_stream.config.activations import ActivationScheme
+from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.errors import OutputError
 
 from ..display.text import exact_size, facts, say, say_json, table
@@ -83,7 +83,7 @@ def described(manifest: dict[str, Any], *, all_linears: bool) -> str:
 
 def _activations(plan: dict[str, Any]) -> dict[str, str]:
     """Say which activations the run saw rounded; nothing where none was."""
-    scheme = ActivationScheme.from_fields(plan)
+    scheme = ActivationRounding.from_fields(plan)
     if not scheme.rounds_activations:
         return {}
     return {"activations": scheme.activations_text()}

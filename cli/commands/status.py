@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rsq_stream.config.schemes import KEPT
+from rsq_stream.config.schemes import UNQUANTIZED
 from rsq_stream.errors import ScratchError
 from rsq_stream.storage.journal import NAME, Journal
 from rsq_stream.storage.work_folder import MEASURED
@@ -112,8 +112,10 @@ def running_process(work_dir: Path) -> int | None:
 def _plan(plan: dict[str, Any]) -> str:
     """Say what is made; bits of activations only where they are rounded."""
     parts = [f"{name} {plan.get(name)}" for name in _FIELDS]
-    bits = {name: plan.get(name, KEPT) for name in ("activation_bits", "kv_bits")}
-    parts += [f"{name} {given}" for name, given in bits.items() if given != KEPT]
+    bits = {
+        name: plan.get(name, UNQUANTIZED) for name in ("activation_bits", "kv_bits")
+    }
+    parts += [f"{name} {given}" for name, given in bits.items() if given != UNQUANTIZED]
     return ", ".join(parts)
 
 

@@ -28,7 +28,7 @@ from ..sweep.report import list_runs, report
 from ..sweep.runs import (
     Planned,
     Row,
-    Run,
+    SweepRun,
     evaluation_of,
     plan_rows,
     require_texts,
@@ -109,7 +109,7 @@ def _checked(
     return made, left_out
 
 
-def _runs(made: _Sweep, *, keep: bool) -> list[Run]:
+def _runs(made: _Sweep, *, keep: bool) -> list[SweepRun]:
     """Give every run with its key, for which the model's files are hashed once."""
     models: dict[str | None, str] = {}
     for plan in made.planned:
@@ -123,7 +123,7 @@ def _runs(made: _Sweep, *, keep: bool) -> list[Run]:
     return runs_of(made.file, made.planned, made.evaluation, models)
 
 
-def _require_texts(made: _Sweep, runs: Sequence[Run]) -> None:
+def _require_texts(made: _Sweep, runs: Sequence[SweepRun]) -> None:
     """Check the texts of what is still to run; a finished sweep needs none."""
     names = {run.name for run in _missing(made.folder, runs)}
     left = [planned for planned in made.planned if planned.row.name in names]
@@ -131,7 +131,7 @@ def _require_texts(made: _Sweep, runs: Sequence[Run]) -> None:
         require_texts(made.file, left, made.evaluation)
 
 
-def _missing(folder: SweepFolder, runs: Sequence[Run]) -> list[Run]:
+def _missing(folder: SweepFolder, runs: Sequence[SweepRun]) -> list[SweepRun]:
     """Give the runs without a result; rows that say the same share one."""
     by_key = {run.key: run for run in reversed(runs)}
     return [
@@ -141,7 +141,7 @@ def _missing(folder: SweepFolder, runs: Sequence[Run]) -> list[Run]:
 
 def _run(
     made: _Sweep,
-    runs: Sequence[Run],
+    runs: Sequence[SweepRun],
     *,
     keep_models: bool,
     silent: bool,
@@ -191,7 +191,7 @@ def _run(
     return failures
 
 
-def _say_what_is_not_kept(folder: SweepFolder, runs: Sequence[Run]) -> None:
+def _say_what_is_not_kept(folder: SweepFolder, runs: Sequence[SweepRun]) -> None:
     """Name results whose model was removed when they were made."""
     found = {run.key: folder.result(run.key) for run in runs}
     gone = [key for key, result in found.items() if result and not result["output"]]
@@ -203,8 +203,8 @@ def _say_what_is_not_kept(folder: SweepFolder, runs: Sequence[Run]) -> None:
         )
 
 
-def _beginner(made: _Sweep, *, keep_models: bool) -> Callable[[Run, Place], Path]:
-    def begin(run: Run, place: Place) -> Path:
+def _beginner(made: _Sweep, *, keep_models: bool) -> Callable[[SweepRun, Place], Path]:
+    def begin(run: SweepRun, place: Place) -> Path:
         job = dataclasses.replace(
             run.job,
             device=place.device,

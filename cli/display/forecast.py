@@ -7,7 +7,7 @@ from .text import duration, size, table
 
 if TYPE_CHECKING:
     from rsq_stream.pipeline.job import Job
-    from rsq_stream.pipeline.stage_profile import StageTaken
+    from rsq_stream.pipeline.stage_profile import StageUsage
     from rsq_stream.planning.time_estimate import Prediction
 
 
@@ -19,7 +19,7 @@ def forecast_rows(found: "Prediction | None") -> dict[str, str]:
 
 
 def compared(
-    made: "Job", expected: "Prediction | None", taken: Sequence["StageTaken"]
+    made: "Job", expected: "Prediction | None", taken: Sequence["StageUsage"]
 ) -> dict[str, dict[str, Any]]:
     """Put what each stage was expected to take beside what it took."""
     memory = {stage.name: stage for stage in made.execution.stages}

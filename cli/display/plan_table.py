@@ -105,7 +105,7 @@ def _gpu_memory(made: "Job") -> dict[str, str]:
     if not made.options.on_gpu:
         return {}
     text = _of(made.execution.device_bytes, made.options.vram_bytes)
-    if made.execution.streams_weights:
+    if made.execution.offloads_weights:
         text += "; weights are fetched from host memory for each use"
     return {"GPU memory": text}
 
@@ -193,7 +193,7 @@ def _solver(plan: QuantizationPlan) -> str:
 def warn_about_room(made: "Job") -> None:
     """Warn if this machine's memory or disks will not do."""
     from rsq_stream.checkpoint.hub_shards import bytes_to_fetch
-    from rsq_stream.pipeline.disk_space import shortage
+    from rsq_stream.pipeline.disk_space import missing_space
     from rsq_stream.planning.memory.resident_units import tightest_on_host
     from rsq_stream.runtime.host_memory import available_bytes
 
@@ -207,7 +207,7 @@ def warn_about_room(made: "Job") -> None:
         )
 
     fetched_bytes = bytes_to_fetch(made.checkpoint, made.options)
-    missing = shortage(made.execution, made.options, fetched_bytes)
+    missing = missing_space(made.execution, made.options, fetched_bytes)
     if missing:
         remark("warning", missing)
 

@@ -131,7 +131,7 @@ def _sweep(device: str, given: Any) -> KernelCheck:
         made, twin = sweep(*there), sweep_naive(*given)
         _equal("codes", made.code_RC, twin.code_RC)
         _equal("errors", made.error_RC, twin.error_RC)
-        _equal("values left over", made.left_RC, twin.left_RC)
+        _equal("values left over", made.residual_RC, twin.residual_RC)
 
     moved = given[0].numel() * 17
     return KernelCheck("kernel sweep", lambda: sweep(*there), require, moved)

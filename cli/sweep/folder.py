@@ -47,7 +47,7 @@ class SweepFolder:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; give a folder with --output")
         if path.is_dir():
-            with atomic.explained(path):
+            with atomic.error_context(path):
                 foreign = sorted({entry.name for entry in path.iterdir()} - _OWN)
             if foreign:
                 raise UsageError(
@@ -58,7 +58,7 @@ class SweepFolder:
     def __enter__(self) -> "SweepFolder":
         for folder in (self.path, self.path / _RESULTS, self.path / _RUNS):
             atomic.make_folder(folder)
-        with atomic.explained(self.path):
+        with atomic.error_context(self.path):
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +104,7 @@ class SweepFolder:
         path = self.result_path(key)
         if not path.is_file():
             return None
-        with atomic.explained(path):
+        with atomic.error_context(path):
             content = path.read_bytes()
         try:
             found = json.loads(content)
@@ -131,7 +131,7 @@ class SweepFolder:
 
     def clean(self) -> None:
         """Remove the folders of finished runs whose model is not to be kept."""
-        with atomic.explained(self.path):
+        with atomic.error_context(self.path):
             keys = sorted(entry.name for entry in (self.path / _RUNS).iterdir())
         for key in keys:
             found = self.result(key)

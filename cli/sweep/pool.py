@@ -14,7 +14,7 @@ from signal import SIGINT, Signals
 from ..signals import INTERRUPTED
 from .folder import LOG
 from .places import Place
-from .runs import Run
+from .runs import SweepRun
 
 _CHILD = "rsq_stream.cli.sweep.worker"
 _LOOK_S = 0.05
@@ -26,16 +26,16 @@ _LOG_END_BYTES = 4096
 class Ended:
     """A run whose process ended by itself."""
 
-    run: Run
+    run: SweepRun
     place: Place
     failure: str | None
     """In one line; None if it is finished."""
 
 
 def run_all(
-    runs: Sequence[Run],
+    runs: Sequence[SweepRun],
     places: Sequence[Place],
-    begin: Callable[[Run, Place], Path],
+    begin: Callable[[SweepRun, Place], Path],
     stop: threading.Event,
 ) -> Iterator[Ended]:
     """Give each run as its process ends; ``begin`` gives the file of its task.
@@ -76,7 +76,7 @@ def _ended_in_any_case(working: "list[_Child]") -> Iterator[None]:
 class _Child:
     """The process of one run."""
 
-    def __init__(self, run: Run, place: Place, task: Path) -> None:
+    def __init__(self, run: SweepRun, place: Place, task: Path) -> None:
         self.run, self.place = run, place
         self.was_asked_to_stop = False
         self._log = task.with_name(LOG)

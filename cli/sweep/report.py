@@ -9,11 +9,11 @@ from rsq_stream.errors import RsqError
 
 from ..display.text import say, say_json, table
 from .folder import SweepFolder
-from .runs import Row, Run
+from .runs import Row, SweepRun
 from .table import MEANING, Line, as_table, line_of
 
 
-def list_runs(folder: SweepFolder, runs: Sequence[Run], *, as_json: bool) -> None:
+def list_runs(folder: SweepFolder, runs: Sequence[SweepRun], *, as_json: bool) -> None:
     """Show the runs and where each stands."""
     listed = [
         {
@@ -36,7 +36,7 @@ def list_runs(folder: SweepFolder, runs: Sequence[Run], *, as_json: bool) -> Non
 def report(
     folder: SweepFolder,
     rows: Sequence[Row],
-    runs: Sequence[Run],
+    runs: Sequence[SweepRun],
     failures: Mapping[str, str],
     *,
     as_json: bool,

@@ -51,7 +51,7 @@ class Planned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class SweepRun:
     """One quantized model and its evaluation."""
 
     name: str
@@ -176,7 +176,7 @@ def runs_of(
     planned: list[Planned],
     evaluation: EvalOptions,
     models: Mapping[str | None, str],
-) -> list[Run]:
+) -> list[SweepRun]:
     """Give every run, in the order of the file, with the key of its result.
 
     ``models`` has the hash of the model's files by revision.
@@ -201,7 +201,7 @@ def runs_of(
             line = json.dumps(content, sort_keys=True)
             key = hashlib.sha256(line.encode()).hexdigest()[:_KEY_DIGITS]
             own = dataclasses.replace(job, seed=seed)
-            runs.append(Run(name=made.row.name, seed=seed, job=own, key=key))
+            runs.append(SweepRun(name=made.row.name, seed=seed, job=own, key=key))
     return runs
 
 

@@ -14,7 +14,7 @@ _LARGEST_CELLS = 200_000
 
 
 @dataclass(frozen=True)
-class Unit:
+class Item:
     """What is given bits as one: its size and its cost for each option."""
 
     sizes: tuple[int, ...]
@@ -22,7 +22,7 @@ class Unit:
     costs: tuple[float, ...]
 
 
-def allocate(units: Sequence[Unit], budget: int) -> list[int] | None:
+def allocate(units: Sequence[Item], budget: int) -> list[int] | None:
     """Give the option of each unit with the least sum of costs, sizes within budget.
 
     None where not even the smallest options fit. Of equal sums the smaller sizes win.

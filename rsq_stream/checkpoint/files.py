@@ -184,7 +184,7 @@ class HubFiles:
         link = self._cached(name)
         if link is None:
             return
-        with atomic.explained(link):
+        with atomic.error_context(link):
             blob, snapshots = link.resolve(), link.parent.parent
             others = (path for path in snapshots.glob(f"*/{name}") if path != link)
             shared = any(path.resolve() == blob for path in others)

@@ -17,10 +17,10 @@ from rsq_stream.checkpoint.source_identity import SourceIdentity
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import UsageError
 from rsq_stream.model.architecture import Architecture, read_architecture
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 from rsq_stream.storage.journal import Journal
 
-OUTSIDE = -1
+NO_BLOCK = -1
 """Stands for a block: what lies outside of them, and is read first."""
 _FETCHED = "fetched"
 """The journal's fact: which shards the run fetched, so that it may remove them."""
@@ -42,11 +42,11 @@ def require_hub(checkpoint: Checkpoint) -> HubFiles:
     return checkpoint.files
 
 
-class Needs:
+class ShardSchedule:
     """Which shards each block needs."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
-        head = () if architecture.tied else (HEAD,)
+        head = () if architecture.tied else (LM_HEAD,)
         names = [[EMBEDDING, FINAL_NORM, *head]] + [
             [block_prefix(block) + name for name in architecture.block_shapes(block)]
             for block in range(architecture.blocks)
@@ -58,7 +58,7 @@ class Needs:
         ]
         self.last = {
             shard: block
-            for block, shards in enumerate(self._by_block, start=OUTSIDE)
+            for block, shards in enumerate(self._by_block, start=NO_BLOCK)
             for shard in shards
         }
         """The last block that needs a shard."""
@@ -69,8 +69,8 @@ class Needs:
 
     def from_block(self, block: int, end: int | None = None) -> list[str]:
         """Give the shards of a block and of those after it, in order of need."""
-        stop = None if end is None else end - OUTSIDE
-        blocks = self._by_block[block - OUTSIDE : stop]
+        stop = None if end is None else end - NO_BLOCK
+        blocks = self._by_block[block - NO_BLOCK : stop]
         return list(dict.fromkeys(shard for shards in blocks for shard in shards))
 
     def most_bytes(self, absent: Collection[str] | None = None) -> int:
@@ -81,7 +81,7 @@ class Needs:
         sizes = self._sizes(absent)
         here: set[str] = set()
         most = 0
-        for block in range(OUTSIDE, len(self._by_block) + OUTSIDE):
+        for block in range(NO_BLOCK, len(self._by_block) + NO_BLOCK):
             here = {shard for shard in here if self.last[shard] >= block}
             here.update(self.of(block))
             ahead = (s for s in self.from_block(block + 1) if s not in here)
@@ -110,7 +110,7 @@ def bytes_to_fetch(checkpoint: Checkpoint, options: RunOptions) -> int:
     files = checkpoint.files
     if not isinstance(files, HubFiles):
         return 0
-    needs = Needs(checkpoint, read_architecture(checkpoint.config, files.where))
+    needs = ShardSchedule(checkpoint, read_architecture(checkpoint.config, files.where))
     absent = {shard for shard in needs.last if not files.cached(shard)}
     if options.evict_source:
         return needs.most_bytes(absent)
@@ -118,13 +118,13 @@ def bytes_to_fetch(checkpoint: Checkpoint, options: RunOptions) -> int:
 
 
 class AllShardsStay:
-    """In place of a ``Supply``: all shards are here, or stay once they are fetched."""
+    """Stands for a ``ShardFetcher`` where all shards stay once they are here."""
 
-    def move_to(self, block: int) -> None:
+    def advance_to(self, block: int) -> None:
         """Do nothing: a shard is fetched when it is read."""
 
 
-def supply_for(
+def shard_fetcher_for(
     options: RunOptions,
     checkpoint: Checkpoint,
     *,
@@ -132,7 +132,7 @@ def supply_for(
     identity: SourceIdentity,
     journal: Journal,
     check: Callable[[], None],
-) -> "Supply | AllShardsStay":
+) -> "ShardFetcher | AllShardsStay":
     """Return what a run calls before it reads a block, and once after the last.
 
     Raises
@@ -149,16 +149,16 @@ def supply_for(
                 f"--evict-source: the hub does not tell the sha256 of {name}, so all"
                 " shards have to stay; leave the option out"
             )
-    return Supply(files, Needs(checkpoint, architecture), journal, check)
+    return ShardFetcher(files, ShardSchedule(checkpoint, architecture), journal, check)
 
 
-class Supply:
+class ShardFetcher:
     """Fetches and removes the shards of a hub model as a run moves on."""
 
     def __init__(
         self,
         files: HubFiles,
-        needs: Needs,
+        needs: ShardSchedule,
         journal: Journal,
         check: Callable[[], None],
     ) -> None:
@@ -170,7 +170,7 @@ class Supply:
         self._fetched: set[str] = set(json.loads(journal.get(_FETCHED) or "[]"))
         self._ahead: tuple[str, Thread] | None = None
 
-    def move_to(self, block: int) -> None:
+    def advance_to(self, block: int) -> None:
         """Remove what no block from this one on needs, and have this one's shards here.
 
         The next one that is not here is fetched behind; after the last block, nothing.

@@ -20,7 +20,7 @@ from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.errors import CheckpointError
 from rsq_stream.model.online_rotation import KEY, rotated_linears
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 from rsq_stream.model.transformers_layers import model_config, transformers_class
 
 _GENERATION = "generation_config.json"
@@ -58,7 +58,7 @@ def load_model(
     with torch.device("meta"):
         made = getattr(transformers, architecture.family.causal_class)(config)
     state = {EMBEDDING: reader.embedding(), FINAL_NORM: reader.final_norm()}
-    state[HEAD] = state[EMBEDDING] if architecture.tied else reader.head()
+    state[LM_HEAD] = state[EMBEDDING] if architecture.tied else reader.head()
     for block in range(architecture.blocks):
         for name, tensor in reader.block_tensors(block).items():
             state[block_prefix(block) + name] = tensor.to(dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.activations import NOTHING, ActivationScheme
+from rsq_stream.config.activations import NOTHING, ActivationRounding
 from rsq_stream.errors import OutputError
 from rsq_stream.storage import atomic
 
@@ -80,7 +80,7 @@ def parsed_manifest(path: Path, content: bytes) -> dict[str, Any]:
     return manifest
 
 
-def served_scheme(checkpoint: Checkpoint) -> ActivationScheme:
+def served_rounding(checkpoint: Checkpoint) -> ActivationRounding:
     """Return the activations that a folder's plan rounds; a source's plan, none.
 
     Raises
@@ -95,7 +95,7 @@ def served_scheme(checkpoint: Checkpoint) -> ActivationScheme:
     content = manifest_bytes(path)
     try:
         plan: Mapping[str, Any] = dict(json.loads(content)["plan"])
-        return ActivationScheme.from_fields(plan)
+        return ActivationRounding.from_fields(plan)
     except (LookupError, TypeError, ValueError) as error:
         raise OutputError(
             f"{path}: does not say how activations are served"

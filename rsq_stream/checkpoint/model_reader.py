@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from rsq_stream.checkpoint.formats._quantization_config import format_of, schemes_of
-from rsq_stream.checkpoint.manifest import served_scheme
+from rsq_stream.checkpoint.manifest import served_rounding
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.activations import ActivationScheme
-from rsq_stream.config.schemes import HEAD_LINEAR, Scheme
+from rsq_stream.config.activations import ActivationRounding
+from rsq_stream.config.schemes import LM_HEAD_LINEAR, Scheme
 from rsq_stream.errors import CheckpointError
 from rsq_stream.model.activation_quantizer import ActivationQuantizer
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.block import Block
 from rsq_stream.model.online_rotation import read_rotations
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 from rsq_stream.model.transformers_layers import Rope, layer_config
 
 
@@ -30,7 +30,7 @@ class ModelReader:
         self,
         checkpoint: Checkpoint,
         device: torch.device,
-        scheme: ActivationScheme | None = None,
+        scheme: ActivationRounding | None = None,
     ) -> None:
         where = checkpoint.files.where
         self.architecture = read_architecture(checkpoint.config, where)
@@ -41,7 +41,7 @@ class ModelReader:
         self._schemes = schemes_of(checkpoint.config, self.architecture, where) or {}
         self.online = read_rotations(checkpoint.config, self.architecture, where)
         self.device = device
-        scheme = served_scheme(checkpoint) if scheme is None else scheme
+        scheme = served_rounding(checkpoint) if scheme is None else scheme
         scheme.require_whole_groups(self.architecture.linear_inputs())
         self._quantizer = ActivationQuantizer(scheme)
         norm = checkpoint.entry(FINAL_NORM, (self.architecture.width,))
@@ -67,25 +67,25 @@ class ModelReader:
         """Give the head: the embedding where the two are tied."""
         if self.architecture.tied:
             return self._outer(EMBEDDING)
-        scheme = self._schemes.get(HEAD_LINEAR)
+        scheme = self._schemes.get(LM_HEAD_LINEAR)
         if scheme is None:
-            return self._outer(HEAD)
+            return self._outer(LM_HEAD)
         return self._decoded(
-            HEAD_LINEAR, scheme, self.architecture.outer_shapes()[HEAD]
+            LM_HEAD_LINEAR, scheme, self.architecture.outer_shapes()[LM_HEAD]
         )
 
     def head_rows(self, first: int, count: int) -> Tensor:
         """Return some rows of the head, decoded; ``first`` is a multiple of 32."""
         tied = self.architecture.tied
-        scheme = None if tied else self._schemes.get(HEAD_LINEAR)
+        scheme = None if tied else self._schemes.get(LM_HEAD_LINEAR)
         stored, shape = self._checkpoint, self.architecture.outer_shapes()[EMBEDDING]
         rows = range(first, min(first + count, shape[0]))
         if scheme is None or self._format is None:
-            name = EMBEDDING if tied else HEAD
+            name = EMBEDDING if tied else LM_HEAD
             stored.entry(name, shape)
             return stored.read_rows(name, torch.arange(rows.start, rows.stop))
         read = self._format.row_reader(stored, scheme, shape[0], rows)
-        return self._decoded(HEAD_LINEAR, scheme, (len(rows), shape[1]), read)
+        return self._decoded(LM_HEAD_LINEAR, scheme, (len(rows), shape[1]), read)
 
     def final_norm(self) -> Tensor:
         """Give the gain of the norm before the head."""

@@ -8,10 +8,10 @@ from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import OutputTensor
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
-    HEAD_LINEAR,
+    LM_HEAD_LINEAR,
 )
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 
 
 def output_tensors(
@@ -40,9 +40,9 @@ def output_tensors(
         OutputTensor(FINAL_NORM, dtype_of(FINAL_NORM), (architecture.width,))
     )
     if not output_is_tied(architecture, plan):
-        source = EMBEDDING if architecture.tied else HEAD
+        source = EMBEDDING if architecture.tied else LM_HEAD
         shape = _outer(architecture, EMBEDDING)
-        tensors += _stored(HEAD_LINEAR, shape, plan, dtype_of(source))
+        tensors += _stored(LM_HEAD_LINEAR, shape, plan, dtype_of(source))
     return tensors
 
 

@@ -9,7 +9,7 @@ Part = TypeVar("Part")
 _LOOK_S = 0.2
 
 
-class ReadAhead(Generic[Part]):
+class BlockPrefetch(Generic[Part]):
     """Reads one part of many in a thread of its own, before anybody asks for it."""
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.rotation.rotation import make_rotation
 from rsq_stream.checkpoint.output_tensors import output_is_tied
-from rsq_stream.checkpoint.prefetch import ReadAhead
+from rsq_stream.checkpoint.prefetch import BlockPrefetch
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source_identity import SourceIdentity
 from rsq_stream.config.quantization_plan import QuantizationPlan
@@ -20,7 +20,7 @@ from rsq_stream.errors import CheckpointError
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.fused_rotation import ModelRotation
 from rsq_stream.model.online_rotation import planned_rotations
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 from rsq_stream.storage.journal import SourceRecord
 
 CHUNK_BYTES = 16 << 20
@@ -54,7 +54,7 @@ class Source:
         self._plan = plan
         self._device = device
         self._rotation = _rotation(plan, architecture)
-        self._ahead = ReadAhead(self._read_block, check)
+        self._ahead = BlockPrefetch(self._read_block, check)
 
     def embedding(self) -> Iterator[Tensor]:
         """Give the embedding as the output stores it, some rows after the other."""
@@ -77,7 +77,7 @@ class Source:
 
     def head(self) -> Iterator[Tensor]:
         """Give the head as the output stores it: untied, where it was tied."""
-        chunks = self._chunks(EMBEDDING if self._architecture.tied else HEAD)
+        chunks = self._chunks(EMBEDDING if self._architecture.tied else LM_HEAD)
         if self._rotation is None:
             yield from chunks
             return
@@ -127,9 +127,9 @@ class Source:
             for tensor in self._sound(block_prefix(index) + name, [read[name]])
         }
 
-    def news(self) -> SourceRecord | None:
+    def unjournalled(self) -> SourceRecord | None:
         """Give what was learnt of the source's content, to be journalled."""
-        return self._identity.news() if self._identity else None
+        return self._identity.unjournalled() if self._identity else None
 
     def _read(self, name: str) -> Tensor:
         (tensor,) = self._sound(name, [self._checkpoint.read(name)])

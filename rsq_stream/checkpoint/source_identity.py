@@ -137,7 +137,7 @@ class SourceIdentity:
             what = f"the sha256 of {name} was {before} and is now {sha256}"
             raise CheckpointError(self._drift(shard, what))
 
-    def news(self) -> SourceRecord:
+    def unjournalled(self) -> SourceRecord:
         """Give what is to be journalled; never waits for the hashing."""
         if self._hashing is not None and self._hashing.done():
             self._take()
@@ -154,7 +154,7 @@ class SourceIdentity:
             A file changed, or went away, while the run was reading it.
         """
         self._take()
-        self._journal.put_source(self.news())
+        self._journal.put_source(self.unjournalled())
 
     def _take(self) -> None:
         if self._hashing is None:

@@ -1,7 +1,7 @@
 """How a served model rounds its activations: inputs of linears, and cached K and V.
 
 The fields are a plan's, for a run that calibrates on what the served model sees, and
-those of ``ActivationScheme``, what ``eval`` simulates.
+those of ``ActivationRounding``, what ``eval`` simulates.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rsq_stream.config.schemes import KEPT
+from rsq_stream.config.schemes import UNQUANTIZED
 from rsq_stream.errors import UsageError, require
 
 _PARTS = ("activation", "kv")
@@ -26,7 +26,7 @@ class ActivationFields:
 
     __slots__ = ()
 
-    activation_bits: int = KEPT
+    activation_bits: int = UNQUANTIZED
     """Of the inputs of every linear of a block, 2 to 8; 16 leaves them. The head's
     input always stays."""
     activation_group_size: int = _WHOLE
@@ -34,7 +34,7 @@ class ActivationFields:
     activation_symmetric: bool = True
     activation_clip: float = 1.0
     """Share of a token's range that the levels span."""
-    kv_bits: int = KEPT
+    kv_bits: int = UNQUANTIZED
     """Of K and V, with a scale for each token and KV head; 16 leaves them. K is
     rotated before, in each head, and q with it."""
     kv_symmetric: bool = True
@@ -50,8 +50,8 @@ class ActivationFields:
         """
         for part in _PARTS:
             bits, clip = getattr(self, f"{part}_bits"), getattr(self, f"{part}_clip")
-            sound = 2 <= bits <= 8 or bits == KEPT
-            require(sound, f"{part}-bits", bits, f"2 to 8, or {KEPT} for none")
+            sound = 2 <= bits <= 8 or bits == UNQUANTIZED
+            require(sound, f"{part}-bits", bits, f"2 to 8, or {UNQUANTIZED} for none")
             require(0 < clip <= 1, f"{part}-clip", clip, "above 0, at most 1")
         size = self.activation_group_size
         require(
@@ -59,7 +59,10 @@ class ActivationFields:
         )
         for name, usual in _defaults().items():
             part = name.partition("_")[0]
-            if getattr(self, f"{part}_bits") == KEPT and getattr(self, name) != usual:
+            if (
+                getattr(self, f"{part}_bits") == UNQUANTIZED
+                and getattr(self, name) != usual
+            ):
                 option = name.replace("_", "-").replace("symmetric", "asymmetric")
                 raise UsageError(f"--{option} needs --{part}-bits")
 
@@ -80,7 +83,7 @@ class ActivationFields:
     @property
     def rounds_activations(self) -> bool:
         """Whether anything is rounded."""
-        return self.activation_bits != KEPT or self.kv_bits != KEPT
+        return self.activation_bits != UNQUANTIZED or self.kv_bits != UNQUANTIZED
 
     def activations_text(self) -> str:
         """Say in words what is rounded, and how; a scale a token where no more is said.
@@ -90,7 +93,7 @@ class ActivationFields:
         found = []
         for part, what in (("activation", "inputs of linears"), ("kv", "K and V")):
             bits, clip = getattr(self, f"{part}_bits"), getattr(self, f"{part}_clip")
-            if bits == KEPT:
+            if bits == UNQUANTIZED:
                 continue
             grid = "symmetric" if getattr(self, f"{part}_symmetric") else "asymmetric"
             text = f"{bits}-bit {what}, {grid}"
@@ -101,14 +104,14 @@ class ActivationFields:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ActivationScheme(ActivationFields):
+class ActivationRounding(ActivationFields):
     """What is simulated when a model is evaluated; by default nothing."""
 
     def __post_init__(self) -> None:
         self.check_activations()
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> "ActivationScheme":
+    def from_fields(cls, fields: Mapping[str, Any]) -> "ActivationRounding":
         """Take a scheme from a plan's fields; those that it lacks are at their default.
 
         Raises
@@ -118,7 +121,7 @@ class ActivationScheme(ActivationFields):
         """
         return cls(**{name: fields[name] for name in _defaults() if name in fields})
 
-    def changed(self, given: Mapping[str, Any]) -> "ActivationScheme":
+    def changed(self, given: Mapping[str, Any]) -> "ActivationRounding":
         """Replace the fields that are given, and not None.
 
         Bits of 16 switch off the other fields of their part as well.
@@ -129,7 +132,7 @@ class ActivationScheme(ActivationFields):
             A field is out of bounds, or has no effect.
         """
         made = {name: value for name, value in given.items() if value is not None}
-        off = tuple(part for part in _PARTS if made.get(f"{part}_bits") == KEPT)
+        off = tuple(part for part in _PARTS if made.get(f"{part}_bits") == UNQUANTIZED)
         usual = {n: value for n, value in _defaults().items() if n.startswith(off)}
         return dataclasses.replace(self, **usual | made)
 
@@ -139,5 +142,5 @@ def _defaults() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(ActivationFields)}
 
 
-NOTHING = ActivationScheme()
+NOTHING = ActivationRounding()
 """Activations stay as they are computed."""

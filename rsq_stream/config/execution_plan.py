@@ -21,7 +21,7 @@ class ExecutionPlan:
     """Units between two barriers of a pass."""
     resident_units: int
     """Units of each slot that stay in host memory; the others go to disk."""
-    mlp_units: int
+    cached_mlp_units: int
     """Units whose MLP is not computed again for the block's outputs."""
     mlp_bytes: int
     """Host memory that these take, from the fourth stage to the outputs."""
@@ -46,15 +46,15 @@ class ExecutionPlan:
     """Bits of the whole output per weight of the model."""
     fallbacks: tuple[str, ...]
     """Linears whose inputs the group size does not divide."""
-    tries_largest: bool
+    solves_largest_first: bool
     """The largest linear is solved once with random data, before the first block."""
     used_bytes: int
     """Host memory that this process had taken when it planned."""
-    streams_weights: bool
+    offloads_weights: bool
     """A block's linears lie in host memory, and the GPU fetches them for each use."""
-    keeps_weights: bool
+    keeps_solver_weights_on_gpu: bool
     """The solver's weights stay on the GPU, not in host memory."""
-    reads_ahead: bool
+    prefetches_blocks: bool
     """The next block is read into host memory while this one computes."""
     device_bytes: int
     """GPU memory at the peak, what lies outside the allocator included."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rsq_stream.config.schemes import GROUP_SIZES, KEPT
+from rsq_stream.config.schemes import GROUP_SIZES, UNQUANTIZED
 from rsq_stream.errors import UsageError
 
 _LINE = re.compile(r"(?P<name>[^=]+)=(?P<bits>\d{1,2})(g(?P<group>-1|\d{1,3}))?")
@@ -86,7 +86,7 @@ def parse_override(text: str, option: str = "override") -> tuple[str, Override]:
     found = _LINE.fullmatch(text)
     bits = int(found["bits"]) if found else 0
     group = int(found["group"]) if found and found["group"] else None
-    sound = 2 <= bits <= 8 or (bits == KEPT and group is None)
+    sound = 2 <= bits <= 8 or (bits == UNQUANTIZED and group is None)
     if not found or not sound or group not in (None, *GROUP_SIZES):
         raise UsageError(
             f"--{option} must be PATTERN=BITS[gGROUP] with 2 to 8 bits or 16, and a"

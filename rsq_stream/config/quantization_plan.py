@@ -20,8 +20,8 @@ from rsq_stream.config.rotation import RotationFields
 from rsq_stream.config.schemes import (
     DEFAULT_GRID,
     GROUP_SIZES,
-    HEAD_LINEAR,
-    KEPT,
+    LM_HEAD_LINEAR,
+    UNQUANTIZED,
     Scheme,
 )
 from rsq_stream.errors import one_of, require
@@ -182,6 +182,11 @@ class QuantizationPlan(
         """Units of computation; the last one may hold fewer sequences."""
         return -(-self.sequences // self.unit_sequences)
 
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens of a unit of computation."""
+        return self.unit_sequences * self.sequence_length
+
     def tile_rows_of(self, inputs: int) -> int:
         """Give the rows of a linear of so many inputs that are solved together."""
         return max(self.tile_rows, self.tile_weights // inputs)
@@ -228,7 +233,7 @@ class QuantizationPlan(
     def override_bits(self) -> frozenset[int]:
         """Bits of the linears that have their own and are quantized."""
         own = _parsed(self.overrides).values()
-        return frozenset(made.bits for made in own) - {KEPT}
+        return frozenset(made.bits for made in own) - {UNQUANTIZED}
 
     def override(self, linear: str) -> Override | None:
         """Give what a linear, by its full name, has of its own; None for nothing."""
@@ -243,8 +248,8 @@ class QuantizationPlan(
             return None
         own = self.override(linear)
         if own is None:
-            own = Override(KEPT if linear == HEAD_LINEAR else self.bits)
-        if own.bits == KEPT:
+            own = Override(UNQUANTIZED if linear == LM_HEAD_LINEAR else self.bits)
+        if own.bits == UNQUANTIZED:
             return None
         size = self.group_size if own.group_size is None else own.group_size
         if size != -1 and inputs % size:

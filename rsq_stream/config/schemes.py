@@ -6,9 +6,9 @@ A plan keeps linears that have their own as sorted lines, ``NAME=BITSgGROUP`` or
 
 from dataclasses import dataclass
 
-KEPT = 16
+UNQUANTIZED = 16
 """Bits of a linear that stays as the source has it."""
-HEAD_LINEAR = "lm_head"
+LM_HEAD_LINEAR = "lm_head"
 """The head by its name as a linear: quantized only where it is named."""
 GROUP_SIZES = (32, 64, 128, -1)
 DEFAULT_GRID = "integer"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rsq_stream.config.schemes import DEFAULT_GRID, KEPT
+from rsq_stream.config.schemes import DEFAULT_GRID, UNQUANTIZED
 
 DEFAULT_BITS = 4
 LEAST_BITS = 2
@@ -21,7 +21,7 @@ class Settings:
     group_size: int = 128
     overrides: tuple[str, ...] = ()
     """``PATTERN=BITS[gGROUP]``; the last that fits a linear wins."""
-    head_bits: int = KEPT
+    head_bits: int = UNQUANTIZED
     grid: str = DEFAULT_GRID
     output_format: str | None = None
     """By default the format that stores the grid."""
@@ -66,11 +66,11 @@ class Settings:
     refit: bool | None = None
     seed: int = 0
     cache_type: str | None = None
-    activation_bits: int = KEPT
+    activation_bits: int = UNQUANTIZED
     activation_group_size: int = -1
     activation_symmetric: bool = True
     activation_clip: float = 1.0
-    kv_bits: int = KEPT
+    kv_bits: int = UNQUANTIZED
     kv_symmetric: bool = True
     kv_clip: float = 1.0
 

@@ -15,7 +15,7 @@ from rsq_stream.calibration.tokenizer import load_tokenizer
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import chunk_rows
-from rsq_stream.config.activations import ActivationScheme
+from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.model.block import Block
 from rsq_stream.model.tensor_names import EMBEDDING
 from rsq_stream.runtime.worker_pool import single_threaded_products
@@ -26,7 +26,7 @@ def greedy_sample(
     prompt: str,
     tokens: int,
     *,
-    scheme: ActivationScheme | None = None,
+    scheme: ActivationRounding | None = None,
     device: str = "cpu",
 ) -> str:
     """Continue ``prompt`` by the likeliest token, ``tokens`` times; gives it all.

@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from rsq_stream.checkpoint.model_reader import ModelReader
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import chunk_rows
-from rsq_stream.config.activations import ActivationScheme
+from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
 from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import Listener, ignore
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.block import Block
-from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
 from rsq_stream.pipeline.activations.finite_check import require_finite
 from rsq_stream.runtime.worker_pool import single_threaded_products
 from rsq_stream.storage.activation_cache import Slot
@@ -127,7 +127,7 @@ def evaluate(
     window_BT: Int[Tensor, "B T"],
     *,
     against: Checkpoint | None = None,
-    scheme: ActivationScheme | None = None,
+    scheme: ActivationRounding | None = None,
     workers: int = 1,
     device: str = "cpu",
     listener: Listener = ignore,
@@ -157,7 +157,7 @@ def evaluate(
         tempfile.TemporaryDirectory(prefix="rsq-stream-eval-") as scratch,
         single_threaded_products(workers) as pool,
     ):
-        passes = Passes(
+        passes = CalibrationPasses(
             pool=pool, in_flight=2 * workers, listener=listener, stop=Event()
         )
         slots = [
@@ -181,7 +181,7 @@ def evaluate(
 
 
 def _final_hidden(
-    model: ModelReader, window_BT: Tensor, folder: Path, passes: Passes
+    model: ModelReader, window_BT: Tensor, folder: Path, passes: CalibrationPasses
 ) -> Slot:
     """Run all windows through all blocks; the slot is overwritten block by block."""
     sequences, tokens = window_BT.shape
@@ -211,7 +211,7 @@ def _final_hidden(
             del unit
             return block.forward(x_BTD.to(model.device))
 
-        for run in passes.over([slot], index, "forward", one):
+        for run in passes.run([slot], index, "forward", one):
             for unit, x_BTD in run:
                 require_finite(x_BTD, index, "forward", unit * shape.unit_sequences)
                 slot.write(unit, x_BTD, durable=False)
@@ -220,7 +220,10 @@ def _final_hidden(
 
 
 def _compare(
-    models: list[ModelReader], slots: list[Slot], window_BT: Tensor, passes: Passes
+    models: list[ModelReader],
+    slots: list[Slot],
+    window_BT: Tensor,
+    passes: CalibrationPasses,
 ) -> tuple[list[float], float]:
     """Sum the loss of each model, and the divergence of the second from the first.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rsq_stream.algorithm.activation_rounding import rounded
 from rsq_stream.algorithm.rotation.hadamard import hadamard_product, largest_factor
 from rsq_stream.config.activations import NOTHING, ActivationFields
-from rsq_stream.config.schemes import KEPT
+from rsq_stream.config.schemes import UNQUANTIZED
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ActivationQuantizer:
     def inputs(self, x_BTI: Float[Tensor, "B T I"]) -> Float[Tensor, "B T I"]:
         """Give the input of a linear."""
         scheme = self.scheme
-        if scheme.activation_bits == KEPT:
+        if scheme.activation_bits == UNQUANTIZED:
             return x_BTI
         return rounded(
             x_BTI,
@@ -42,13 +42,13 @@ class ActivationQuantizer:
         self, query_BHTK: Float[Tensor, "B H T K"], key_BGTK: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"]]:
         """Give q and k, after RoPE, as attention multiplies them."""
-        if self.scheme.kv_bits == KEPT:
+        if self.scheme.kv_bits == UNQUANTIZED:
             return query_BHTK, key_BGTK
         return rotated_heads(query_BHTK), self._cached(rotated_heads(key_BGTK))
 
     def values(self, value_BGTK: Float[Tensor, "B G T K"]) -> Float[Tensor, "B G T K"]:
         """Give v as attention adds it up."""
-        if self.scheme.kv_bits == KEPT:
+        if self.scheme.kv_bits == UNQUANTIZED:
             return value_BGTK
         return self._cached(value_BGTK)
 

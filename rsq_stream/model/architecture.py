@@ -12,7 +12,7 @@ from typing import Any
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.families import FAMILIES
 from rsq_stream.model.families.base import Family, Linear, Stage
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 
 _LARGEST = {
     "hidden_size": 2**17,
@@ -127,7 +127,7 @@ class Architecture:
             FINAL_NORM: (self.width,),
         }
         if not self.tied:
-            shapes[HEAD] = (self.vocabulary, self.width)
+            shapes[LM_HEAD] = (self.vocabulary, self.width)
         return shapes
 
     def has_bias(self, linear: str) -> bool:

@@ -5,7 +5,7 @@ import re
 _IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 
 
 def block_prefix(block: int) -> str:

@@ -36,7 +36,7 @@ class Swept(NamedTuple):
     code_RC: UInt8[Tensor, "R C"]
     error_RC: Float[Tensor, "R C"]
     """weight - level[code]."""
-    left_RC: Float[Tensor, "R C"]
+    residual_RC: Float[Tensor, "R C"]
     """target - level[code] when its turn came: (E U)[:, c], which costs D[c]."""
 
 
@@ -106,7 +106,7 @@ def sweep_kernel(
     chunks = chunks_of("sweep", "columns", columns)
     code_RC = output((rows, columns), torch.uint8, target_RC.device)
     error_RC = output((rows, columns), torch.float32, target_RC.device)
-    left_RC = output((rows, columns), torch.float32, target_RC.device)
+    residual_RC = output((rows, columns), torch.float32, target_RC.device)
     launch(
         Kernel("column_sweep", "sweep", (*chunks, *tabled(middle_M))),
         (-(-rows // ROWS_PER_BLOCK), 1, 1),
@@ -117,11 +117,11 @@ def sweep_kernel(
             *(upper_CC, upper_CC.stride(0)),
             *(scale_R.contiguous(), zero_R.contiguous(), level_RL.contiguous()),
             0 if middle_M is None else middle_M.contiguous(),
-            *(code_RC, error_RC, left_RC),
+            *(code_RC, error_RC, residual_RC),
             *(rows, columns, level_RL.shape[1]),
         ),
     )
-    return Swept(code_RC, error_RC, left_RC)
+    return Swept(code_RC, error_RC, residual_RC)
 
 
 def sweep_naive(
@@ -133,20 +133,22 @@ def sweep_naive(
     level_RL: Float[Tensor, "R L"],
 ) -> Swept:
     """Do the same column by column, all rows at once, on any device."""
-    left_RC = target_RC.clone()
-    code_RC = torch.empty(left_RC.shape, dtype=torch.uint8, device=left_RC.device)
-    error_RC = torch.empty_like(left_RC)
+    residual_RC = target_RC.clone()
+    code_RC = torch.empty(
+        residual_RC.shape, dtype=torch.uint8, device=residual_RC.device
+    )
+    error_RC = torch.empty_like(residual_RC)
     top = level_RL.shape[1] - 1
     inverse_R = 1.0 / scale_R
-    for k in range(left_RC.shape[1]):
-        code_R = (torch.round(left_RC[:, k] * inverse_R) + zero_R).clamp(0, top)
+    for k in range(residual_RC.shape[1]):
+        code_R = (torch.round(residual_RC[:, k] * inverse_R) + zero_R).clamp(0, top)
         chosen_R = level_RL.gather(1, code_R.long()[:, None])[:, 0]
         error_R = weight_RC[:, k] - chosen_R
         code_RC[:, k] = code_R
         error_RC[:, k] = error_R
-        left_RC[:, k] -= chosen_R
-        left_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
-    return Swept(code_RC, error_RC, left_RC)
+        residual_RC[:, k] -= chosen_R
+        residual_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
+    return Swept(code_RC, error_RC, residual_RC)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -131,19 +131,21 @@ def sweep_table_naive(
     level_RL: Float[Tensor, "R L"],
 ) -> Swept:
     """Do the same column by column, all rows at once, on any device."""
-    left_RC = target_RC.clone()
-    code_RC = torch.empty(left_RC.shape, dtype=torch.uint8, device=left_RC.device)
-    error_RC = torch.empty_like(left_RC)
+    residual_RC = target_RC.clone()
+    code_RC = torch.empty(
+        residual_RC.shape, dtype=torch.uint8, device=residual_RC.device
+    )
+    error_RC = torch.empty_like(residual_RC)
     middle_M, inverse_R = middles(value_L), 1.0 / scale_R
-    for k in range(left_RC.shape[1]):
-        code_R = nearest_code(left_RC[:, k] * inverse_R, middle_M)
+    for k in range(residual_RC.shape[1]):
+        code_R = nearest_code(residual_RC[:, k] * inverse_R, middle_M)
         chosen_R = level_RL.gather(1, code_R[:, None])[:, 0]
         error_R = weight_RC[:, k] - chosen_R
         code_RC[:, k] = code_R
         error_RC[:, k] = error_R
-        left_RC[:, k] -= chosen_R
-        left_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
-    return Swept(code_RC, error_RC, left_RC)
+        residual_RC[:, k] -= chosen_R
+        residual_RC[:, k + 1 :] += error_R[:, None] * upper_CC[k, k + 1 :]
+    return Swept(code_RC, error_RC, residual_RC)
 
 
 def descend_table(

@@ -10,7 +10,7 @@ from rsq_stream.checkpoint.output_tensors import output_tensors
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.model.tensor_names import EMBEDDING, HEAD
+from rsq_stream.model.tensor_names import EMBEDDING, LM_HEAD
 
 
 def plan_layouts(
@@ -19,7 +19,7 @@ def plan_layouts(
     """Lay out the output's shards from headers and plan alone."""
 
     def dtype_of(name: str) -> torch.dtype:
-        known = EMBEDDING if name == HEAD and architecture.tied else name
+        known = EMBEDDING if name == LM_HEAD and architecture.tied else name
         return checkpoint.entry(known).dtype
 
     tensors = output_tensors(architecture, plan, dtype_of)

@@ -136,7 +136,7 @@ class ShardWriter:
         if layout.name in self._files or not path.is_file():
             yield self._open(layout).read
             return
-        with atomic.explained(path), path.open("rb") as named:
+        with atomic.error_context(path), path.open("rb") as named:
             yield lambda offset, size: os.pread(named.fileno(), size, offset)
 
     def sync(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsq_stream.output.folder import OutputFolder
-from rsq_stream.runtime.copy_stream import CopyStream, Moment
+from rsq_stream.runtime.copy_stream import CopyStream, StreamEvent
 
 
 class WriteBehind:
@@ -39,12 +39,12 @@ class WriteBehind:
         if self._stream is None or self._worker is None:
             self._output.write(tensors)
             return
-        self.settle()
+        self.flush()
         made = self._stream.now()
         self._job = self._worker.submit(self._land, self._stream, tensors, made)
 
     def _land(
-        self, stream: CopyStream, tensors: dict[str, Tensor], made: Moment
+        self, stream: CopyStream, tensors: dict[str, Tensor], made: StreamEvent
     ) -> None:
         host: dict[str, Tensor] = {}
         for name in list(tensors):
@@ -54,7 +54,7 @@ class WriteBehind:
             del tensors[name], tensor  # its memory was the copy's until now
         self._output.write(host)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all is written that was to be.
 
         Raises
@@ -76,10 +76,10 @@ class WriteBehind:
         trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            self.settle()
+            self.flush()
             return
         with suppress(Exception):  # what ended the work is what is said
-            self.settle()
+            self.flush()
 
     def close(self) -> None:
         """Stop writing."""

@@ -33,7 +33,7 @@ def commit_stage(
     token_weights: TokenWeights,
 ) -> None:
     """Make a stage's bytes durable, then journal it."""
-    run.codes.settle()
+    run.codes.flush()
     chunks = {}
     if stage == 0:
         chunks[TOKEN_WEIGHTS] = {index: write_token_weights(run, token_weights)}
@@ -49,7 +49,7 @@ def commit_stage(
             chunks=chunks,
             linears={record.name: dataclasses.asdict(record) for record in records},
             tensors=run.output.new_checksums(),
-            source=run.source.news(),
+            source=run.source.unjournalled(),
         ),
     )
 

@@ -55,8 +55,8 @@ def open_block(
         tensors,
         linears,
         getattr(torch, job.plan.compute_type),
-        offloads=job.execution.streams_weights,
-        keeps=job.execution.keeps_weights,
+        offloads=job.execution.offloads_weights,
+        keeps=job.execution.keeps_solver_weights_on_gpu,
     )
     # Both hold the source's weights, until those of the first are replaced; and
     # only the first sees activations as the served model does.

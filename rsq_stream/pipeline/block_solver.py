@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.act_order import group_aware_order, put_back, reorder
-from rsq_stream.algorithm.gptq.error_propagation import Drift
+from rsq_stream.algorithm.gptq.error_propagation import CrossTerm
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.gptq.solver import Solution, decoded, solve
@@ -28,7 +28,7 @@ from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.linear_schemes import schemes_and_grids, solution_writer
 from rsq_stream.pipeline.run import QuantizationRun
 from rsq_stream.pipeline.stage_statistics import StageStatistics, Statistics
-from rsq_stream.runtime.host_memory import give_back_free_memory
+from rsq_stream.runtime.host_memory import trim_heap
 
 
 @dataclass(kw_only=True)
@@ -68,10 +68,10 @@ class BlockSolver:
         if not solved and stage is not first and not stage.writes:
             return []  # the other passes leave something for the stages after them
         try:
-            with self.run.passes.meter.stage(f"{stage.name}: pass"):
+            with self.run.passes.profiler.stage(f"{stage.name}: pass"):
                 statistics = self.statistics.gather(stage)
             # What the pass took is free, and not of the sizes that the solver takes.
-            give_back_free_memory()
+            trim_heap()
             self.run.passes.check()
             return [
                 record
@@ -88,14 +88,14 @@ class BlockSolver:
     def _solve_group(
         self, stage: Stage, group: Group, statistics: Statistics
     ) -> Iterator[LinearRecord]:
-        meter, write = self.run.passes.meter, self.run.codes.write
-        with meter.stage(f"{stage.name}: factorise"):
+        profiler, write = self.run.passes.profiler, self.run.codes.write
+        with profiler.stage(f"{stage.name}: factorise"):
             equations = self._factorised(stage, group, statistics)
         write_solution = solution_writer(self.run, self.index, write)
         for linear in group.linears:
             if linear.name not in self.quantized:
                 continue
-            with meter.stage(f"{stage.name}: solve {linear.role}"):
+            with profiler.stage(f"{stage.name}: solve {linear.role}"):
                 solution = self._solve_linear(linear, equations)
                 write_solution(linear.name, solution)
             factor = equations.factor
@@ -116,7 +116,7 @@ class BlockSolver:
     ) -> "_Equations":
         """Order and factorise a group's Hessian."""
         plan, pool = self.run.job.plan, self.run.passes.pool
-        hessian, drift = statistics
+        hessian, cross_term = statistics
         linears = [linear for linear in group.linears if linear.name in self.quantized]
         order_I = None
         if plan.act_order and linears:
@@ -124,28 +124,28 @@ class BlockSolver:
             group_size = self.quantized[linears[0].name][0].group_size
             order_I = group_aware_order(hessian.matrix_II.diagonal(), group_size)
             reorder(hessian, order_I)
-            if drift is not None:
-                drift.reorder(order_I)
+            if cross_term is not None:
+                cross_term.reorder(order_I)
         try:
             damping = plan.damping_for(hessian.matrix_II.shape[0])
             factor = factorise(hessian, damping, plan.tile_columns, pool)
         except NumericalError as error:
             where = f"block {self.index}, {stage.name}"
             raise NumericalError(f"{where}: {error}") from error
-        return _Equations(factor, drift, order_I)
+        return _Equations(factor, cross_term, order_I)
 
     def _solve_linear(self, linear: Linear, equations: "_Equations") -> Solution:
         """Solve a linear, and put its decoded weights into the quantized stream."""
         plan, (scheme, grid) = self.run.job.plan, self.quantized[linear.name]
-        factor, drift, order_I = equations
+        factor, cross_term, order_I = equations
         weight_OI = self.weights.pop(linear.name)
         share = plan.propagate_share(block_prefix(self.index) + linear.name)
 
         def target(weight_RI: Tensor, rows: slice) -> Tensor:
             target_RI = weight_RI if order_I is None else weight_RI[:, order_I]
-            if drift is None or share == 0:
+            if cross_term is None or share == 0:
                 return target_RI
-            return drift.correction(weight_RI, rows, factor, share).add_(target_RI)
+            return cross_term.correction(weight_RI, rows, factor, share).add_(target_RI)
 
         try:
             solution = solve(
@@ -173,18 +173,18 @@ class BlockSolver:
 
     def write_outputs(self) -> None:
         """Write the block's outputs, the next block's input, of all streams."""
-        with self.run.passes.meter.stage("outputs: pass"):
+        with self.run.passes.profiler.stage("outputs: pass"):
             for stream in self.streams:
                 advance = partial(stream.advance, self.run.passes, self.index)
                 where = f"block {self.index}, outputs"
-                self.run.passes.with_fewer(advance, where)
+                self.run.passes.retry_with_fewer(advance, where)
 
 
 class _Equations(NamedTuple):
     """What the linears of a group are solved with."""
 
     factor: Factor
-    drift: Drift | None
+    cross_term: CrossTerm | None
     order_I: Tensor | None
     """The order of the factor's columns, where it is not the model's."""
 
@@ -197,7 +197,7 @@ def round_block(
     Linears come to the device one by one, where they are not there already.
     """
     quantized = schemes_and_grids(run, index, tensors)
-    place = "cpu" if run.job.execution.streams_weights else run.device
+    place = "cpu" if run.job.execution.offloads_weights else run.device
     weights = {name: tensors.pop(f"{name}.weight").to(place) for name in quantized}
     tensors.clear()
     write_solution = solution_writer(run, index, run.output.write)

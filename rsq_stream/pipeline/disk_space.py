@@ -15,7 +15,7 @@ from rsq_stream.errors import DiskFullError
 from rsq_stream.storage import atomic
 
 
-def shortage(
+def missing_space(
     execution: ExecutionPlan, options: RunOptions, fetched_bytes: int
 ) -> str | None:
     """Say in one line which disk lacks room; None where there is enough.
@@ -36,7 +36,7 @@ def shortage(
 
 
 @contextmanager
-def said_when_full(
+def explaining_full_disk(
     execution: ExecutionPlan, options: RunOptions, to_fetch: Callable[[], int]
 ) -> Iterator[None]:
     """Add to a full disk's error what the rest of the run needs, and what is free.

@@ -13,8 +13,8 @@ from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import HEAD_LINEAR
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.config.schemes import LM_HEAD_LINEAR
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD
 from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.runtime.worker_pool import Pool
 
@@ -23,7 +23,7 @@ Chunk = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Outer:
+class EmbeddingAndHead:
     """The tensors of the output that belong to no block."""
 
     source: Source
@@ -44,10 +44,10 @@ class Outer:
         if self.source.head_is_tied:
             return
         shape, stored = self.source.head_shape, FORMATS[self.plan.output_format]
-        scheme = self.plan.scheme(HEAD_LINEAR, shape[1])
+        scheme = self.plan.scheme(LM_HEAD_LINEAR, shape[1])
         for weight_RD in self.source.head():
             if scheme is None:
-                yield {HEAD: weight_RD}
+                yield {LM_HEAD: weight_RD}
                 continue
             solution = round_to_nearest(
                 weight_RD.float(),
@@ -56,9 +56,9 @@ class Outer:
                 tile_rows=self.plan.tile_rows_of(shape[1]),
                 pool=self.pool,
             )
-            yield stored.encode_rows(HEAD_LINEAR, solution, scheme, weight_RD.dtype)
+            yield stored.encode_rows(LM_HEAD_LINEAR, solution, scheme, weight_RD.dtype)
         if scheme is not None:
-            yield stored.encode_whole(HEAD_LINEAR, shape)
+            yield stored.encode_whole(LM_HEAD_LINEAR, shape)
 
     def tensor(self, name: str) -> Iterator[Chunk] | None:
         """Give one of them by its name in the output; None for any other."""
@@ -66,6 +66,6 @@ class Outer:
             return self.embedding()
         if name == FINAL_NORM:
             return self.norm()
-        if name.startswith(f"{HEAD_LINEAR}."):
+        if name.startswith(f"{LM_HEAD_LINEAR}."):
             return ({name: chunk[name]} for chunk in self.head() if name in chunk)
         return None

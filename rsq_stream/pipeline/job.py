@@ -10,7 +10,7 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.events import LinearRecord
 from rsq_stream.model.architecture import Architecture
-from rsq_stream.pipeline.stage_profile import StageTaken
+from rsq_stream.pipeline.stage_profile import StageUsage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,5 +39,5 @@ class RunSummary:
     """The first block that this process did; 0 for an uninterrupted run."""
     records: tuple[LinearRecord, ...]
     output_bytes: int
-    stages: tuple[StageTaken, ...]
+    stages: tuple[StageUsage, ...]
     """What each stage took: seconds over all blocks, and its highest peaks."""

@@ -6,7 +6,7 @@ Not hours later, when the first block comes to it. Nothing is kept.
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.gptq.error_propagation import Drift
+from rsq_stream.algorithm.gptq.error_propagation import CrossTerm
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.solver import solve
@@ -59,7 +59,7 @@ def worth_trying(architecture: Architecture, plan: QuantizationPlan) -> bool:
     )
 
 
-def try_largest(run: Run) -> None:
+def solve_largest_once(run: Run) -> None:
     """Accumulate, factorise and solve as a run will, but a tile of rows a worker.
 
     Raises
@@ -97,13 +97,13 @@ def _solve_once(
     weight_T = torch.ones(_TOKENS, device=device)
     hessian = Hessian(inputs, plan.hessian_panel, device)
     hessian.add([(x_TI, weight_T)], pool)
-    drift = None
+    cross_term = None
     if plan.streams > 1:
         # Linears that share an input share C - H, others have a G of their own.
         rows = outputs if alone else None
-        drift = Drift(rows, inputs, plan.hessian_panel, device)
+        cross_term = CrossTerm(rows, inputs, plan.hessian_panel, device)
         error_TR = torch.randn(_TOKENS, rows or inputs, generator=random).to(device)
-        drift.add([(error_TR, x_TI)], pool)
+        cross_term.add([(error_TR, x_TI)], pool)
     factor = factorise(
         hessian, max(plan.damping, plan.damping_for(inputs)), plan.tile_columns, pool
     )
@@ -112,10 +112,10 @@ def _solve_once(
     weight_OI = torch.randn(taken, inputs, generator=random)
 
     def target(weight_RI: Tensor, rows: slice) -> Tensor:
-        if drift is None:
+        if cross_term is None:
             return weight_RI
         share = plan.propagate or 1.0
-        return drift.correction(weight_RI, rows, factor, share).add_(weight_RI)
+        return cross_term.correction(weight_RI, rows, factor, share).add_(weight_RI)
 
     solve(
         weight_OI,

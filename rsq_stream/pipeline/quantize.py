@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rsq_stream.checkpoint.hub_shards import OUTSIDE
+from rsq_stream.checkpoint.hub_shards import NO_BLOCK
 from rsq_stream.events import (
     BlockFinished,
     LinearRecord,
@@ -22,12 +22,12 @@ from rsq_stream.events import (
 from rsq_stream.pipeline.block_progress import commit_stage
 from rsq_stream.pipeline.block_setup import embed_windows, open_block
 from rsq_stream.pipeline.block_solver import round_block
-from rsq_stream.pipeline.embedding_and_head import Outer
+from rsq_stream.pipeline.embedding_and_head import EmbeddingAndHead
 from rsq_stream.pipeline.job import Job, RunSummary
-from rsq_stream.pipeline.preflight import try_largest
+from rsq_stream.pipeline.preflight import solve_largest_once
 from rsq_stream.pipeline.repair import Repairs
 from rsq_stream.pipeline.run import QuantizationRun, open_run
-from rsq_stream.pipeline.stage_profile import StageTaken, added_up
+from rsq_stream.pipeline.stage_profile import StageUsage, added_up
 from rsq_stream.storage import atomic
 from rsq_stream.storage.journal import Progress
 
@@ -48,8 +48,8 @@ def quantize(
     """
     began = time.monotonic()
     with open_run(job, listener, stop or threading.Event()) as run:
-        if job.execution.tries_largest and job.plan.needs_calibration:
-            try_largest(run)
+        if job.execution.solves_largest_first and job.plan.needs_calibration:
+            solve_largest_once(run)
         repairs = Repairs(run)
         first = repairs.repairing(begin)
         for index in range(first, run.job.architecture.blocks):
@@ -61,7 +61,7 @@ def quantize(
             resumed_at=first,
             records=tuple(run.records),
             output_bytes=output_bytes,
-            stages=added_up(StageTaken(*row) for row in run.journal.timings()),
+            stages=added_up(StageUsage(*row) for row in run.journal.timings()),
         )
 
 
@@ -76,7 +76,7 @@ def begin(run: QuantizationRun) -> int:
     run.passes.listener(RunStarted(blocks=blocks, first_block=first, tokens=tokens))
     run.identity.start()
     if run.journal.last_block() is None:
-        with run.passes.meter.stage("embedding and head"):
+        with run.passes.profiler.stage("embedding and head"):
             write_embedding_and_head(run)
     elif run.calibration is not None:
         for slot in run.calibration.slots.inputs_of(first):
@@ -86,8 +86,8 @@ def begin(run: QuantizationRun) -> int:
 
 def write_embedding_and_head(run: QuantizationRun) -> None:
     """Write embedding, final norm and head; embed the calibration windows."""
-    run.hub_shards.move_to(OUTSIDE)
-    outer = Outer(run.source, run.job.plan, run.passes.pool)
+    run.hub_shards.advance_to(NO_BLOCK)
+    outer = EmbeddingAndHead(run.source, run.job.plan, run.passes.pool)
     for part in (outer.head, outer.norm, outer.embedding):
         run.output.write_chunks(run.passes.checked(part()))
     windows = run.job.windows
@@ -96,20 +96,20 @@ def write_embedding_and_head(run: QuantizationRun) -> None:
         path = run.job.options.work_dir / "windows.safetensors"
         atomic.write_file(path, save(kept))
         embed_windows(run, windows)
-    commit_block(run, OUTSIDE, 0.0, [])
+    commit_block(run, NO_BLOCK, 0.0, [])
 
 
 def quantize_block(run: QuantizationRun, index: int) -> None:
     """Take one block from full precision to codes, durably."""
-    began, meter = time.monotonic(), run.passes.meter
-    run.hub_shards.move_to(index)
-    with meter.stage("read and rotate"):
+    began, profiler = time.monotonic(), run.passes.profiler
+    run.hub_shards.advance_to(index)
+    with profiler.stage("read and rotate"):
         tensors = run.source.block(index)
-        if run.job.execution.reads_ahead:
+        if run.job.execution.prefetches_blocks:
             run.source.read_ahead(index + 1)
         run.output.write(run.source.unquantized(index, tensors))
     if run.calibration is None:
-        with meter.stage("round"):
+        with profiler.stage("round"):
             records = round_block(run, index, tensors)
     else:
         records = solve_block(run, index, tensors)
@@ -144,12 +144,12 @@ def commit_block(
             chunks={slot.folder.name: slot.checksums for slot in inputs},
             linears={record.name: asdict(record) for record in records},
             tensors=run.output.new_checksums(),
-            source=run.source.news(),
+            source=run.source.unjournalled(),
         ),
         seconds=seconds,
-        timings=[astuple(taken) for taken in run.passes.meter.news()],
+        timings=[astuple(taken) for taken in run.passes.profiler.unjournalled()],
     )
-    if index != OUTSIDE:
+    if index != NO_BLOCK:
         if slots:
             slots.release_inputs_of(index)
         own = tuple(record for record in run.records if record.block == index)
@@ -168,6 +168,6 @@ def name_full_shards(run: QuantizationRun) -> None:
 def seal(run: QuantizationRun) -> int:
     """Name the last shards, write the small files; return the bytes in all."""
     name_full_shards(run)
-    run.hub_shards.move_to(run.job.architecture.blocks)
+    run.hub_shards.advance_to(run.job.architecture.blocks)
     run.output.require_whole()
     return run.output.write_small_files(run.records, run.identity.shards())

@@ -29,7 +29,7 @@ from rsq_stream.model.tensor_names import block_of, block_prefix
 from rsq_stream.pipeline.block_progress import TOKEN_WEIGHTS, write_token_weights
 from rsq_stream.pipeline.block_setup import embed_windows, open_block
 from rsq_stream.pipeline.block_solver import BlockSolver, round_block
-from rsq_stream.pipeline.embedding_and_head import Outer
+from rsq_stream.pipeline.embedding_and_head import EmbeddingAndHead
 from rsq_stream.pipeline.run import Calibration, QuantizationRun
 from rsq_stream.storage.activation_cache import Slot
 
@@ -160,7 +160,7 @@ def _from_source(
     """Return a tensor that the source alone makes, in chunks; None for codes."""
     owner = block_of(name)
     if owner is None:
-        return Outer(run.source, run.job.plan, run.passes.pool).tensor(name)
+        return EmbeddingAndHead(run.source, run.job.plan, run.passes.pool).tensor(name)
     unquantized = run.source.unquantized(owner, run.source.block(owner))
     return [{name: unquantized[name]}] if name in unquantized else None
 

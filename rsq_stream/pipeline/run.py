@@ -13,9 +13,9 @@ from transformers import PretrainedConfig
 
 from rsq_stream.checkpoint.hub_shards import (
     AllShardsStay,
-    Supply,
+    ShardFetcher,
     bytes_to_fetch,
-    supply_for,
+    shard_fetcher_for,
 )
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.checkpoint.source_identity import SourceIdentity
@@ -32,14 +32,14 @@ from rsq_stream.output.folder_checks import (
 )
 from rsq_stream.output.write_behind import WriteBehind
 from rsq_stream.pipeline import disk_space
-from rsq_stream.pipeline.activations.calibration_pass import Passes, stopper
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses, stopper
 from rsq_stream.pipeline.activations.slots import RunSlots, copy_stream
 from rsq_stream.pipeline.job import Job
-from rsq_stream.pipeline.stage_profile import StageMeter
+from rsq_stream.pipeline.stage_profile import StageProfiler
 from rsq_stream.pipeline.token_importance import TokenImportance, make_importance
 from rsq_stream.runtime.worker_pool import single_threaded_products
 from rsq_stream.storage.journal import Journal
-from rsq_stream.storage.work_folder import RunFolder
+from rsq_stream.storage.work_folder import WorkFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Calibration:
     online: OnlineRotations
 
     @classmethod
-    def of(cls, job: Job, passes: Passes) -> "Calibration":
+    def of(cls, job: Job, passes: CalibrationPasses) -> "Calibration":
         """Make importance, rotary tables and activation slots for a job."""
         assert job.windows is not None
         plan, options = job.plan, job.options
@@ -85,8 +85,8 @@ class Run:
     journal: Journal
     identity: SourceIdentity
     source: Source
-    hub_shards: Supply | AllShardsStay
-    passes: Passes
+    hub_shards: ShardFetcher | AllShardsStay
+    passes: CalibrationPasses
 
     @property
     def finished_blocks(self) -> int:
@@ -149,28 +149,28 @@ def open_run(
     require_apart(options.output, options.work_dir)
     to_fetch = partial(bytes_to_fetch, job.checkpoint, options)
     with (
-        disk_space.said_when_full(job.execution, options, to_fetch),
-        RunFolder(options.work_dir) as folder,
+        disk_space.explaining_full_disk(job.execution, options, to_fetch),
+        WorkFolder(options.work_dir) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
-        closing(StageMeter(torch.device(options.device))) as meter,
+        closing(StageProfiler(torch.device(options.device))) as profiler,
     ):
         if options.restart and folder.has_run:
             if folder.recorded("output") == str(options.output.resolve()):
                 discard_unfinished(options.output)
             folder.clear()
         require_usable(options.output, resuming=folder.has_run)
-        if missing := disk_space.shortage(job.execution, options, to_fetch()):
+        if missing := disk_space.missing_space(job.execution, options, to_fetch()):
             raise ScratchError(missing)
         may_differ = DEVICE_FIELDS if options.allow_device_change else ()
         plan = job.plan
         journal = folder.open_journal(plan.canonical_json(), plan.sha256, may_differ)
         job = dataclasses.replace(job, plan=resume_on_device(journal, plan))
-        passes = Passes(
+        passes = CalibrationPasses(
             pool=pool,
             in_flight=job.execution.in_flight,
             listener=listener,
             stop=stop,
-            meter=meter,
+            profiler=profiler,
         )
         run = _assembled(job, journal, passes)
         try:
@@ -186,7 +186,9 @@ def open_run(
             folder.remove()
 
 
-def _assembled(job: Job, journal: Journal, passes: Passes) -> QuantizationRun:
+def _assembled(
+    job: Job, journal: Journal, passes: CalibrationPasses
+) -> QuantizationRun:
     """Make the parts of a run, each from those before it."""
     run, device = base_run(job, journal, passes), torch.device(job.options.device)
     output = OutputFolder(
@@ -205,7 +207,7 @@ def _assembled(job: Job, journal: Journal, passes: Passes) -> QuantizationRun:
     )
 
 
-def base_run(job: Job, journal: Journal, passes: Passes) -> Run:
+def base_run(job: Job, journal: Journal, passes: CalibrationPasses) -> Run:
     """Open the source of a job, hashed and rotated, and its shards on the hub."""
     identity = SourceIdentity(job.checkpoint, journal, passes.check)
     device = torch.device(job.options.device)
@@ -223,7 +225,7 @@ def base_run(job: Job, journal: Journal, passes: Passes) -> Run:
         journal=journal,
         identity=identity,
         source=source,
-        hub_shards=supply_for(
+        hub_shards=shard_fetcher_for(
             job.options,
             job.checkpoint,
             architecture=job.architecture,

@@ -12,7 +12,7 @@ from rsq_stream.runtime.host_memory import HostPeak
 
 
 @dataclass(frozen=True, slots=True)
-class StageTaken:
+class StageUsage:
     """What one stage took; its name is that of the memory plan."""
 
     name: str
@@ -23,13 +23,13 @@ class StageTaken:
     """Of tensors on the GPU."""
 
 
-class StageMeter:
+class StageProfiler:
     """Measures stages of a run; without ``device`` it measures nothing."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         self._peak = HostPeak() if device is not None else None
-        self._taken: list[StageTaken] = []
+        self._taken: list[StageUsage] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -44,10 +44,10 @@ class StageMeter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.monotonic() - began
-        made = StageTaken(name, seconds, self._peak.take(), peak_bytes(self._device))
+        made = StageUsage(name, seconds, self._peak.take(), peak_bytes(self._device))
         self._taken.append(made)
 
-    def news(self) -> list[StageTaken]:
+    def unjournalled(self) -> list[StageUsage]:
         """Give what was measured since the last call."""
         taken, self._taken = self._taken, []
         return taken
@@ -58,12 +58,12 @@ class StageMeter:
             self._peak.close()
 
 
-def added_up(taken: Iterable[StageTaken]) -> tuple[StageTaken, ...]:
+def added_up(taken: Iterable[StageUsage]) -> tuple[StageUsage, ...]:
     """Give each stage once: its seconds over all blocks, and its highest peaks."""
-    found: dict[str, StageTaken] = {}
+    found: dict[str, StageUsage] = {}
     for made in taken:
-        before = found.get(made.name, StageTaken(made.name, 0.0, 0, 0))
-        found[made.name] = StageTaken(
+        before = found.get(made.name, StageUsage(made.name, 0.0, 0, 0))
+        found[made.name] = StageUsage(
             made.name,
             before.seconds + made.seconds,
             max(before.host_bytes, made.host_bytes),

@@ -1,7 +1,7 @@
 """What one pass over the calibration set gathers for a stage of a block.
 
 The Hessian of the stage's input, in the first stage the tokens' importance too, and
-with two streams the drift between them.
+with two streams the cross_term between them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.error_propagation import (
-    Drift,
+    CrossTerm,
     StageInput,
-    drift_error,
+    cross_term_error,
 )
 from rsq_stream.algorithm.gptq.hessian import Hessian, flat
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.families.base import Group, Stage
-from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
 from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.run import Run
@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
     """What the solver needs to know of a group's inputs."""
 
     hessian: Hessian
-    drift: Drift | None
+    cross_term: CrossTerm | None
     """With two streams, the cross term between them."""
 
 
@@ -62,7 +62,7 @@ class StageStatistics:
         return self.run.job.plan
 
     @property
-    def _passes(self) -> Passes:
+    def _passes(self) -> CalibrationPasses:
         return self.run.passes
 
     @property
@@ -95,7 +95,7 @@ class StageStatistics:
                     stream.slots.h.renew()
             return self.accumulate(stage)
 
-        return self._passes.with_fewer(once, f"block {self.index}, {stage.name}")
+        return self._passes.retry_with_fewer(once, f"block {self.index}, {stage.name}")
 
     def accumulate(self, stage: Stage) -> Mapping[Group, Statistics]:
         """Make one pass over the calibration set, and return a stage's statistics."""
@@ -104,7 +104,7 @@ class StageStatistics:
         first = group.linears[0].name
         outputs, columns = self.streams[0].block.weight(first).shape
         hessian = Hessian(columns, plan.hessian_panel, device)
-        drift, alone = None, None
+        cross_term, alone = None, None
         weight = self._stage_weight(first)
         watch = FiniteWatch(
             self.index,
@@ -118,7 +118,7 @@ class StageStatistics:
             # The last stream holds the source's weights.
             if group.alone:
                 alone = self.streams[-1].block.weight(first)
-            drift = Drift(
+            cross_term = CrossTerm(
                 outputs if alone is not None else None,
                 columns,
                 plan.hessian_panel,
@@ -136,25 +136,25 @@ class StageStatistics:
             for stream in made:
                 watch.see(stream.value_BTI, sequence)
             u_TI = flat(made[0].value_BTI)
-            if drift is None:
+            if cross_term is None:
                 return u_TI, None
             if not plan.residual_correction:
                 made = [StageInput(stream.value_BTI) for stream in made]
-            return u_TI, drift_error(made[0], made[1], weight(unit), alone)
+            return u_TI, cross_term_error(made[0], made[1], weight(unit), alone)
 
         slots = [stream.slot(stage) for stream in self.streams]
-        for run in self._passes.over(slots, self.index, stage.name, one):
+        for run in self._passes.run(slots, self.index, stage.name, one):
             # No names: they would keep a run in memory while the next one is made.
             hessian.add(
                 [(u_TI, weight(unit)) for unit, (u_TI, _) in run], self._passes.pool
             )
-            if drift is not None:
-                drift.add(
+            if cross_term is not None:
+                cross_term.add(
                     [(error, u_TI) for _, (u_TI, error) in run if error is not None],
                     self._passes.pool,
                 )
         watch.require()
-        return {group: Statistics(hessian, drift)}
+        return {group: Statistics(hessian, cross_term)}
 
     def _stage_weight(self, linear: str) -> Callable[[int], Tensor]:
         """Give what weighs a unit's tokens: all alike, if the linear is left out."""

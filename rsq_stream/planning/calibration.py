@@ -5,7 +5,7 @@ from rsq_stream.calibration.windows import Windows, choose_windows
 from rsq_stream.checkpoint.opening import tokenizer_of
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.runtime.host_memory import give_back_free_memory
+from rsq_stream.runtime.host_memory import trim_heap
 
 
 def calibration_windows(
@@ -23,5 +23,5 @@ def calibration_windows(
     )
     # The text and what the tokenizer took would lie in the heap's way of the run.
     del text
-    give_back_free_memory()
+    trim_heap()
     return Windows(window_BT, plan.expand)

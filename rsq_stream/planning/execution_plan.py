@@ -7,7 +7,7 @@ fits that plan into this machine's memory without changing it.
 import torch
 
 from rsq_stream.checkpoint.files import SIDE_FILES
-from rsq_stream.checkpoint.hub_shards import Needs, require_hub
+from rsq_stream.checkpoint.hub_shards import ShardSchedule, require_hub
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.execution_plan import ExecutionPlan
 from rsq_stream.config.quantization_plan import QuantizationPlan
@@ -20,11 +20,11 @@ from rsq_stream.planning.memory.fit import (
     HOST_OVERHEAD_BYTES,
     fitted,
     keeping_weights,
+    memory_limits,
     reading_ahead,
-    room_for,
 )
-from rsq_stream.planning.memory.sensitivity import MeasuringMemory
-from rsq_stream.planning.memory.stages import MemoryPlan
+from rsq_stream.planning.memory.sensitivity import SensitivityMemoryModel
+from rsq_stream.planning.memory.stages import StageMemoryModel
 from rsq_stream.planning.validate import linear_type
 from rsq_stream.storage.activation_shape import slot_shape
 
@@ -51,9 +51,12 @@ def plan_execution(
     BudgetError
         Not even one unit at a time fits; the message says what would do.
     """
-    shape, room = slot_shape(plan, architecture.width), room_for(options, used_bytes)
+    shape, room = (
+        slot_shape(plan, architecture.width),
+        memory_limits(options, used_bytes),
+    )
     wanted = options.units_in_flight or 2 * options.workers
-    kind = MeasuringMemory if measures else MemoryPlan
+    kind = SensitivityMemoryModel if measures else StageMemoryModel
     memory = fitted(
         kind(
             architecture=architecture,
@@ -66,7 +69,7 @@ def plan_execution(
         room,
         may_keep=not measures,
     )
-    if options.on_gpu and not measures and not memory.streams_weights:
+    if options.on_gpu and not measures and not memory.offloads_weights:
         memory = keeping_weights(memory, room)
     if options.on_gpu and not options.evict_source:
         # Elsewhere the compute would share its cores; and evicting, shards come in the
@@ -78,17 +81,17 @@ def plan_execution(
     slots = 3 * plan.streams if plan.needs_calibration else 0
     spare = max(0, room.host_bytes - working)
     resident = min(shape.units, spare // (slots * shape.unit_bytes)) if slots else 0
-    mlp_units, mlp_unit_bytes = 0, _mlp_unit_bytes(architecture, plan)
+    cached_mlp_units, mlp_unit_bytes = 0, _mlp_unit_bytes(architecture, plan)
     if slots and resident == shape.units and not options.on_gpu:
         spare -= resident * slots * shape.unit_bytes
-        mlp_units = min(shape.units, spare // mlp_unit_bytes)
+        cached_mlp_units = min(shape.units, spare // mlp_unit_bytes)
     layouts = plan_layouts(checkpoint, architecture, plan)
     output_bytes = sum(layout.size_bytes for layout in layouts)
     source_bytes = sum(entry.size_bytes for entry in checkpoint.tensors.values())
     source_disk_bytes = source_bytes
     if options.evict_source:
         require_hub(checkpoint)
-        source_disk_bytes = Needs(checkpoint, architecture).most_bytes()
+        source_disk_bytes = ShardSchedule(checkpoint, architecture).most_bytes()
     passes = architecture.blocks
     # Whole chunks, as in the scratch: the last unit's is as large as the others.
     whole_bytes = shape.units * shape.unit_bytes
@@ -96,8 +99,8 @@ def plan_execution(
     return ExecutionPlan(
         in_flight=memory.in_flight,
         resident_units=resident,
-        mlp_units=mlp_units,
-        mlp_bytes=mlp_units * mlp_unit_bytes,
+        cached_mlp_units=cached_mlp_units,
+        mlp_bytes=cached_mlp_units * mlp_unit_bytes,
         slots=slots,
         slot_bytes=shape.slot_bytes,
         working_bytes=working,
@@ -113,12 +116,12 @@ def plan_execution(
             for name, inputs in architecture.linear_inputs().items()
             if inputs % plan.group_size
         ),
-        tries_largest=(options.on_gpu or options.ram_bytes is not None)
+        solves_largest_first=(options.on_gpu or options.ram_bytes is not None)
         and worth_trying(architecture, plan),
         used_bytes=room.used_bytes,
-        streams_weights=memory.streams_weights,
-        keeps_weights=memory.keeps_weights,
-        reads_ahead=memory.reads_ahead,
+        offloads_weights=memory.offloads_weights,
+        keeps_solver_weights_on_gpu=memory.keeps_solver_weights_on_gpu,
+        prefetches_blocks=memory.prefetches_blocks,
         device_bytes=device + DEVICE_OVERHEAD_BYTES if options.on_gpu else 0,
         stages=stages,
     )
@@ -127,7 +130,7 @@ def plan_execution(
 def _mlp_unit_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     """Give what a unit's u takes, of all streams, in the type that is computed in."""
     compute: torch.dtype = getattr(torch, plan.compute_type)
-    values = plan.unit_sequences * plan.sequence_length * architecture.mlp_width
+    values = plan.unit_tokens * architecture.mlp_width
     return plan.streams * compute.itemsize * values
 
 

@@ -36,7 +36,7 @@ _GPU_TIMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class MachineSpeed:
     """Work in a second, of all workers together."""
 
     products: float
@@ -57,9 +57,9 @@ class Rates:
     """Bytes from disk."""
 
 
-def measure_rates(
+def measure_speed(
     plan: QuantizationPlan, device: torch.device, workers: int, folder: Path
-) -> Rates:
+) -> MachineSpeed:
     """Time a little of everything; a file in ``folder`` is made and removed."""
     size = _GPU_SIZE if device.type == "cuda" else _SIZE
     compute = getattr(torch, plan.compute_type)
@@ -79,7 +79,7 @@ def measure_rates(
         factor_s, factor = _factor_seconds(plan, size, pool, device)
         solved = _solved_weights(plan, factor, products, pool)
     written, read = _disk(folder)
-    return Rates(
+    return MachineSpeed(
         products=products,
         factored=size**2 / max(factor_s - size**3 / 3 / products, 0.05 * factor_s),
         weights=solved,

@@ -20,8 +20,8 @@ from rsq_stream.config.overrides import Override, parse_override, resolve
 from rsq_stream.config.propagation import parse_share
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
-    HEAD_LINEAR,
-    KEPT,
+    LM_HEAD_LINEAR,
+    UNQUANTIZED,
 )
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
@@ -198,7 +198,7 @@ def own_schemes(
     """
     names = _linears(architecture)
     lines = list(settings.overrides)
-    if settings.head_bits != KEPT:
+    if settings.head_bits != UNQUANTIZED:
         require(
             2 <= settings.head_bits <= 8,
             "head-bits",
@@ -210,11 +210,11 @@ def own_schemes(
                 f"--head-bits {settings.head_bits}: the head of this model is its"
                 " embedding, and without a rotation it stays so; leave the option out"
             )
-        lines.insert(0, f"{HEAD_LINEAR}={settings.head_bits}")
+        lines.insert(0, f"{LM_HEAD_LINEAR}={settings.head_bits}")
     if not tied:
-        names[HEAD_LINEAR] = None
+        names[LM_HEAD_LINEAR] = None
     others = None if settings.bpw is not None else Override(settings.usual_bits)
-    usual = {HEAD_LINEAR: Override(KEPT)}
+    usual = {LM_HEAD_LINEAR: Override(UNQUANTIZED)}
     return tuple(
         f"{name}={override}"
         for name, override in sorted(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import LOAD_MODEL, ShardLayout
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import HEAD_LINEAR, KEPT
+from rsq_stream.config.schemes import LM_HEAD_LINEAR, UNQUANTIZED
 from rsq_stream.model.architecture import Architecture
 
 KV_BYTES = 2
@@ -72,5 +72,7 @@ def _bits(architecture: Architecture, plan: QuantizationPlan) -> set[int]:
         plan.scheme(name, architecture.size(linear.inputs))
         for name, (_, linear) in architecture.model_linears().items()
     ]
-    schemes.append(plan.scheme(HEAD_LINEAR, architecture.width))
-    return {made.bits for made in schemes if made is not None and made.bits != KEPT}
+    schemes.append(plan.scheme(LM_HEAD_LINEAR, architecture.width))
+    return {
+        made.bits for made in schemes if made is not None and made.bits != UNQUANTIZED
+    }

@@ -17,7 +17,7 @@ from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Activation, Group, Linear, Stage
 from rsq_stream.pipeline.job import Job
-from rsq_stream.planning.machine_speed import Rates, measure_rates, solve_flops
+from rsq_stream.planning.machine_speed import MachineSpeed, measure_speed, solve_flops
 from rsq_stream.storage.atomic import existing
 
 _BF16_TERMS = 2
@@ -52,15 +52,17 @@ def forecast(job: Job) -> Prediction | None:
 
 
 @functools.lru_cache(maxsize=4)
-def _rates(plan: QuantizationPlan, device: str, workers: int, folder: Path) -> Rates:
-    return measure_rates(plan, torch.device(device), workers, folder)
+def _rates(
+    plan: QuantizationPlan, device: str, workers: int, folder: Path
+) -> MachineSpeed:
+    return measure_speed(plan, torch.device(device), workers, folder)
 
 
 def predict(
     architecture: Architecture,
     plan: QuantizationPlan,
     execution: ExecutionPlan,
-    rates: Rates,
+    rates: MachineSpeed,
     *,
     on_gpu: bool,
 ) -> Prediction:
@@ -84,7 +86,7 @@ class _Work:
     architecture: Architecture
     plan: QuantizationPlan
     execution: ExecutionPlan
-    rates: Rates
+    rates: MachineSpeed
     on_gpu: bool
     index: int = 0
     """The block that is counted."""
@@ -125,7 +127,9 @@ class _Work:
         block = shape.block_entries(self.index)
         for linear in self._linears:
             seconds += self._rotated(self._entries(linear), shape.width)
-        if self.execution.reads_ahead:  # the block before it takes longer to solve
+        if (
+            self.execution.prefetches_blocks
+        ):  # the block before it takes longer to solve
             return seconds
         size = self.execution.source_bytes / self._source_entries
         return seconds + block * size / self.rates.read
@@ -185,7 +189,7 @@ class _Work:
     def _outputs(self) -> float:
         shape = self.architecture
         down = 2.0 * self._tokens * shape.width * shape.mlp_width
-        again = 1 - self.execution.mlp_units / max(1, self.plan.units)
+        again = 1 - self.execution.cached_mlp_units / max(1, self.plan.units)
         last = self.architecture.stages(self.index)[-1]
         one = again * self._forward(last) + down / self.rates.products
         disk = self._slot_read() + self._slot_written()

@@ -8,7 +8,7 @@ from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import KEPT
+from rsq_stream.config.schemes import UNQUANTIZED
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import (
     CheckpointError,
@@ -18,7 +18,7 @@ from rsq_stream.errors import (
     require,
 )
 from rsq_stream.model.architecture import Architecture, read_architecture
-from rsq_stream.model.tensor_names import HEAD, block_prefix
+from rsq_stream.model.tensor_names import LM_HEAD, block_prefix
 
 ROTATIONS = ("portable", "full", "none")
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +54,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Architecture:
                 f"{where}/{entry.shard}: {name} is {entry.dtype}; sources must be"
                 " float32, bfloat16 or float16"
             )
-    known = {*expected, HEAD} if architecture.tied else set(expected)
+    known = {*expected, LM_HEAD} if architecture.tied else set(expected)
     for name in checkpoint.tensors:
         if name not in known and not name.endswith(_IGNORED_ENDING):
             raise CheckpointError(
@@ -85,7 +85,7 @@ def require_consistent(settings: Settings) -> None:
     if settings.bpw is not None:
         _require_choosable(settings, grid)
     own_bits = settings.bits is not None or settings.overrides
-    if settings.method == "rotate" and (own_bits or settings.head_bits != KEPT):
+    if settings.method == "rotate" and (own_bits or settings.head_bits != UNQUANTIZED):
         raise UsageError("--method rotate quantizes nothing: leave bits out")
     for option, default in (("tokens", None), ("chunks", "")):
         if getattr(settings, f"importance_{option}") == default:

@@ -15,7 +15,7 @@ _PAGE = 4096
 
 
 @runtime_checkable
-class Moment(Protocol):
+class StreamEvent(Protocol):
     """A point in a stream's work; torch's event is one."""
 
     def synchronize(self) -> None:
@@ -36,11 +36,11 @@ class CopyStream(Protocol):
         """Give device memory, as bytes, that compute launched from now on may use."""
         ...
 
-    def now(self) -> Moment:
+    def now(self) -> StreamEvent:
         """Give the moment when all compute that was launched so far is done."""
         ...
 
-    def copy(self, target: Tensor, source: Tensor, after: Moment) -> Moment:
+    def copy(self, target: Tensor, source: Tensor, after: StreamEvent) -> StreamEvent:
         """Copy once ``after`` is reached; gives the moment when that is done.
 
         Until then the caller keeps both tensors: the allocator hands memory on by
@@ -48,7 +48,7 @@ class CopyStream(Protocol):
         """
         ...
 
-    def hold_compute(self, until: Moment) -> None:
+    def hold_compute(self, until: StreamEvent) -> None:
         """Have compute that is launched from now on wait, on the device."""
         ...
 
@@ -73,13 +73,13 @@ class SideStream:
         """Give memory of the current stream."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
-    def now(self) -> Moment:
+    def now(self) -> StreamEvent:
         """Record an event on the current stream."""
         event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def copy(self, target: Tensor, source: Tensor, after: Moment) -> Moment:
+    def copy(self, target: Tensor, source: Tensor, after: StreamEvent) -> StreamEvent:
         """Put the copy on the side stream."""
         assert isinstance(after, torch.cuda.Event)
         self._stream.wait_event(after)
@@ -89,7 +89,7 @@ class SideStream:
         event.record(self._stream)
         return event
 
-    def hold_compute(self, until: Moment) -> None:
+    def hold_compute(self, until: StreamEvent) -> None:
         """Have the current stream wait for the event."""
         assert isinstance(until, torch.cuda.Event)
         torch.cuda.current_stream(self.device).wait_event(until)

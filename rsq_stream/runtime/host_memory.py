@@ -68,7 +68,7 @@ def _high_water() -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def give_back_free_memory() -> None:
+def trim_heap() -> None:
     """Have the allocator return its free pages; does nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -16,12 +16,12 @@ from torch import Tensor
 _Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
-class Pages:
+class TensorArena:
     """Tensors by number, each in pages of one mapping, which come and go with them.
 
     Example
     -------
-    >>> pages = Pages(2, 12)
+    >>> pages = TensorArena(2, 12)
     >>> pages.put(1, torch.arange(3.0))
     >>> pages.get(1), 0 in pages
     (tensor([0., 1., 2.]), False)

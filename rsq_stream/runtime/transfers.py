@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rsq_stream.runtime.copy_stream import CopyStream, Moment, pinned_bytes
+from rsq_stream.runtime.copy_stream import CopyStream, StreamEvent, pinned_bytes
 
 Fill = Callable[[int, Tensor], Tensor]
 """Brings a unit into a buffer of bytes; gives it as what it is, a view of that."""
@@ -26,10 +26,10 @@ class _Place:
     """A pinned buffer, and when the last copy out of it was done."""
 
     buffer: Tensor
-    copied: Moment | None = None
+    copied: StreamEvent | None = None
 
 
-class Inbound:
+class ToDevice:
     """From files or host memory to the device, for one pass at a time."""
 
     def __init__(self, stream: CopyStream, unit_bytes: int, in_flight: int) -> None:
@@ -95,11 +95,11 @@ def _filled(place: _Place, unit: int, fill: Fill) -> Tensor:
     return fill(unit, place.buffer)
 
 
-class Leaving:
+class PendingCopy:
     """A unit on its way to a pinned buffer."""
 
     def __init__(
-        self, x: Tensor, buffer: Tensor, copied: Moment, free: SimpleQueue[Tensor]
+        self, x: Tensor, buffer: Tensor, copied: StreamEvent, free: SimpleQueue[Tensor]
     ) -> None:
         self._x: Tensor | None = x
         self._buffer = buffer
@@ -117,7 +117,7 @@ class Leaving:
             self._free.put(self._buffer)
 
 
-class Outbound:
+class ToHost:
     """From the device to whoever writes: as many units at a time as it has buffers."""
 
     def __init__(self, stream: CopyStream, unit_bytes: int, in_flight: int) -> None:
@@ -131,7 +131,7 @@ class Outbound:
         """Whether a tensor is on this device."""
         return x.device.type == self._stream.device.type
 
-    def take(self, x: Tensor) -> Leaving:
+    def take(self, x: Tensor) -> PendingCopy:
         """Begin a unit's copy; waits for a buffer where all are on their way.
 
         Someone must wait for ``landed``, whatever happens, in another thread.
@@ -143,14 +143,14 @@ class Outbound:
         buffer, x = self._free.get(), x.contiguous()
         target = buffer[: x.nbytes].view(x.dtype).view(x.shape)
         copied = self._stream.copy(target, x, self._stream.now())
-        return Leaving(x, buffer, copied, self._free)
+        return PendingCopy(x, buffer, copied, self._free)
 
 
-class Transit(NamedTuple):
+class Transfers(NamedTuple):
     """Both ways of one stream of activations."""
 
-    inbound: Inbound
-    outbound: Outbound
+    inbound: ToDevice
+    outbound: ToHost
 
 
 def pinned_total(unit_bytes: int, in_flight: int, streams: int) -> int:

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsq_stream.errors import DamagedError
-from rsq_stream.runtime.tensor_arena import Pages
-from rsq_stream.runtime.transfers import Leaving, Transit
+from rsq_stream.runtime.tensor_arena import TensorArena
+from rsq_stream.runtime.transfers import PendingCopy, Transfers
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activation_shape import SlotShape
 from rsq_stream.storage.checksum import checksum
-from rsq_stream.storage.crash_points import step
+from rsq_stream.storage.crash_points import crash_point
 from rsq_stream.storage.direct_io import aligned_empty, read_chunk, write_chunk
 
 _STORED_AS = {
@@ -60,7 +60,7 @@ class Slot:
         depth: int,
         *,
         direct: bool,
-        transit: Transit | None = None,
+        transit: Transfers | None = None,
     ) -> None:
         """Take an empty slot, or one whose checksums will be known.
 
@@ -73,7 +73,7 @@ class Slot:
         self._depth = depth
         self._direct = direct
         self._transit = transit
-        self._memory = Pages(resident, shape.unit_bytes)
+        self._memory = TensorArena(resident, shape.unit_bytes)
         self._made = False
         self._writes: deque[Future[None]] = deque()
         self._buffers: list[NDArray[np.uint8]] = []
@@ -116,7 +116,7 @@ class Slot:
             while len(self._writes) > self._depth:
                 self._writes.popleft().result()
 
-    def _land(self, unit: int, leaving: Leaving, to_disk: bool) -> None:
+    def _land(self, unit: int, leaving: PendingCopy, to_disk: bool) -> None:
         """Keep what comes from the device: in memory, on disk, or both."""
         count = prod(self.shape.unit_shape(unit)) * self.shape.dtype.itemsize
         with leaving.landed() as buffer:
@@ -166,7 +166,7 @@ class Slot:
             self._writes.popleft().result()
         self._buffers.clear()
         if durable:
-            with atomic.explained(self.folder):
+            with atomic.error_context(self.folder):
                 for unit in self.checksums:
                     atomic.sync_file(self._chunk_path(unit))
                 atomic.sync_file(self.folder / "zarr.json")
@@ -256,13 +256,13 @@ class Slot:
 
     def _store(self, unit: int, content: NDArray[np.uint8]) -> None:
         path = self._chunk_path(unit)
-        with atomic.explained(path), step("write", path):
+        with atomic.error_context(path), crash_point("write", path):
             self._require_array()
             write_chunk(path, content, direct=self._direct)
 
     def _load(self, unit: int, into: NDArray[np.uint8] | None = None) -> Tensor:
         path, shape = self._chunk_path(unit), self.shape
-        with atomic.explained(path):
+        with atomic.error_context(path):
             self._require_array()
             try:
                 content = read_chunk(

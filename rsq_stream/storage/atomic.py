@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rsq_stream.errors import DiskFullError, RsqError, ScratchError
-from rsq_stream.storage.crash_points import step
+from rsq_stream.storage.crash_points import crash_point
 
 PARTIAL = ".partial"
 """Suffix of files that are not what their name says yet."""
@@ -21,9 +21,9 @@ PARTIAL = ".partial"
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a whole file so that its name never shows a part of it."""
-    with explained(path):
+    with error_context(path):
         partial = path.with_name(path.name + PARTIAL)
-        with step("write", partial):
+        with crash_point("write", partial):
             partial.write_bytes(content)
         sync_file(partial)
         rename(partial, path)
@@ -31,16 +31,16 @@ def write_file(path: Path, content: bytes) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder with those it lies in, so that a power cut cannot undo it."""
-    with explained(path):
+    with error_context(path):
         if not path.is_dir():
-            with step("write", path):
+            with crash_point("write", path):
                 path.mkdir(parents=True, exist_ok=True)
             sync_folder(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
     """Give a finished, fsynced file its name, durably."""
-    with step("rename", source, target):
+    with crash_point("rename", source, target):
         source.replace(target)
     sync_folder(target.parent)
 
@@ -48,13 +48,13 @@ def rename(source: Path, target: Path) -> None:
 def sync_file(path: Path) -> None:
     """Make a file's content, and its size, survive a power cut."""
     # Its times need not: they would cost a commit of the file system's journal.
-    with step("sync", path):
+    with crash_point("sync", path):
         _sync(path, os.O_RDONLY, getattr(os, "fdatasync", os.fsync))
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a power cut."""
-    with step("sync folder", path):
+    with crash_point("sync folder", path):
         _sync(path, os.O_RDONLY | os.O_DIRECTORY, os.fsync)
 
 
@@ -74,7 +74,7 @@ class PartialFile:
         self.size = size
         self._partial = path.with_name(path.name + PARTIAL)
         self._dirty = False
-        with explained(path):
+        with error_context(path):
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
             self._descriptor = os.open(self._partial, flags, 0o644)
             if os.fstat(self._descriptor).st_size != size:
@@ -84,7 +84,7 @@ class PartialFile:
         """Put bytes at an offset."""
         if offset < 0 or offset + len(content) > self.size:
             raise ValueError(f"{self.path}: bytes beyond the file's size")
-        with explained(self.path), step("write", self._partial):
+        with error_context(self.path), crash_point("write", self._partial):
             while content:
                 done = os.pwrite(self._descriptor, content, offset)
                 offset, content = offset + done, content[done:]
@@ -97,7 +97,7 @@ class PartialFile:
     def sync(self) -> None:
         """Make everything written so far durable."""
         if self._dirty:
-            with explained(self.path):
+            with error_context(self.path):
                 sync_file(self._partial)
                 sync_folder(self.path.parent)
             self._dirty = False
@@ -107,7 +107,7 @@ class PartialFile:
         self._dirty = True
         self.sync()
         self.close()
-        with explained(self.path):
+        with error_context(self.path):
             rename(self._partial, self.path)
 
     def close(self) -> None:
@@ -120,19 +120,19 @@ class PartialFile:
 def remove_tree(folder: Path) -> None:
     """Remove a folder with all that is in it, if it is there."""
     if folder.exists():
-        with explained(folder), step("remove", folder):
+        with error_context(folder), crash_point("remove", folder):
             shutil.rmtree(folder)
 
 
 def remove_file(path: Path) -> None:
     """Remove a file, if it is there."""
     if path.exists():
-        with explained(path), step("remove", path):
+        with error_context(path), crash_point("remove", path):
             path.unlink()
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def error_context(path: Path) -> Iterator[None]:
     """Turn the system's error into one line that says what to do."""
     try:
         yield

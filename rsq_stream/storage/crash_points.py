@@ -16,7 +16,7 @@ _observers: list[Observer] = []
 
 
 @contextmanager
-def step(kind: str, *paths: Path) -> Iterator[None]:
+def crash_point(kind: str, *paths: Path) -> Iterator[None]:
     """Mark one step; a failed one has no ``after``."""
     for observer in _observers:
         observer("before", kind, paths)
@@ -26,7 +26,7 @@ def step(kind: str, *paths: Path) -> Iterator[None]:
 
 
 @contextmanager
-def observed(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer) -> Iterator[None]:
     """Have an observer told of every step until the end of the block."""
     _observers.append(observer)
     try:

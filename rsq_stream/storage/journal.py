@@ -18,7 +18,7 @@ from typing import Any
 
 from rsq_stream.errors import ScratchError
 from rsq_stream.storage import atomic
-from rsq_stream.storage.crash_points import step
+from rsq_stream.storage.crash_points import crash_point
 from rsq_stream.storage.journal_schema import SCHEMA, TABLES
 
 NAME = "journal.sqlite"
@@ -257,7 +257,11 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._explained(), step("commit", self.path), self._database as database:
+        with (
+            self._explained(),
+            crash_point("commit", self.path),
+            self._database as database,
+        ):
             yield database
             database.execute(
                 "INSERT OR REPLACE INTO digest VALUES (0, ?)", (self._digest(),)
@@ -266,7 +270,7 @@ class Journal:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            with atomic.explained(self.path):
+            with atomic.error_context(self.path):
                 yield
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:

@@ -25,7 +25,7 @@ OWN_FOLDERS = (*SLOTS, MEASURED)
 _ENDINGS = ("", atomic.PARTIAL, "-journal")
 
 
-class RunFolder:
+class WorkFolder:
     """A work folder that belongs to this process as long as it is open."""
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class RunFolder:
         self._journal: Journal | None = None
         self._lock = -1
         atomic.make_folder(path)
-        with atomic.explained(path):
+        with atomic.error_context(path):
             foreign = sorted(entry.name for entry in self._foreign())
             if foreign and not self.has_run:
                 raise ScratchError(
@@ -131,7 +131,7 @@ class RunFolder:
             raise PlanMismatchError(mismatch(self.path, differing))
         return self._journal
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> "WorkFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +152,7 @@ class RunFolder:
 
     def _remove_if_ours(self) -> None:
         """Remove what a run left and the folder; one that holds anything else stays."""
-        with atomic.explained(self.path):
+        with atomic.error_context(self.path):
             if not self._foreign() and not (self.path / MEASURED).exists():
                 self._remove_own(*OWN_FILES, *OWN_FOLDERS)
                 atomic.remove_file(self.path / _LOCK)

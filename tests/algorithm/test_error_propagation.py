@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.algorithm.gptq.error_propagation import Drift, stream_error
+from rsq_stream.algorithm.gptq.error_propagation import CrossTerm, stream_error
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.errors import UsageError
@@ -52,7 +52,7 @@ def ours(
     """Give W' from two units of tokens."""
     outputs, inputs = given["weight_OI"].shape
     hessian = Hessian(inputs, 32, torch.device("cpu"))
-    drift = Drift(None if shared else outputs, inputs, 32, torch.device("cpu"))
+    cross_term = CrossTerm(None if shared else outputs, inputs, 32, torch.device("cpu"))
     half = len(given["u_TI"]) // 2
     for unit in (slice(0, half), slice(half, None)):
         u_TI, weight_T = given["u_TI"][unit], given["weight_T"][unit]
@@ -63,11 +63,11 @@ def ours(
                 given["full_r_TO"][unit], given["r_TO"][unit], weight_T
             )
         hessian.add([(u_TI, weight_T)], pool)
-        drift.add([(error, u_TI)], pool)
+        cross_term.add([(error, u_TI)], pool)
     factor = factorise(hessian, damping, 32, pool)
     weight_OI = given["weight_OI"]
     parts = [slice(start, start + 32) for start in range(0, outputs, 32)]
-    moved = [drift.correction(weight_OI[r], r, factor, share) for r in parts]
+    moved = [cross_term.correction(weight_OI[r], r, factor, share) for r in parts]
     return weight_OI + torch.cat(moved)
 
 

@@ -6,10 +6,10 @@ import random
 import pytest
 
 from rsq_stream.algorithm import knapsack
-from rsq_stream.algorithm.knapsack import Unit, allocate
+from rsq_stream.algorithm.knapsack import Item, allocate
 
 
-def best_of_all(units: list[Unit], budget: int) -> tuple[float, int] | None:
+def best_of_all(units: list[Item], budget: int) -> tuple[float, int] | None:
     """Give the least cost, and the least size that has it."""
     found = []
     for options in itertools.product(*(range(len(unit.sizes)) for unit in units)):
@@ -21,14 +21,14 @@ def best_of_all(units: list[Unit], budget: int) -> tuple[float, int] | None:
     return min(found, default=None)
 
 
-def some_units(seed: int, step: int) -> list[Unit]:
+def some_units(seed: int, step: int) -> list[Item]:
     generator = random.Random(seed)
     made = []
     for _ in range(generator.randint(1, 5)):
         options = generator.randint(1, 4)
         sizes = sorted(generator.sample(range(1, 30), options))
         costs = sorted((generator.random() for _ in range(options)), reverse=True)
-        made.append(Unit(tuple(step * size for size in sizes), tuple(costs)))
+        made.append(Item(tuple(step * size for size in sizes), tuple(costs)))
     return made
 
 
@@ -51,15 +51,15 @@ def test_it_is_the_best_of_all(seed: int, step: int) -> None:
 
 
 def test_equal_costs_take_the_smaller_size() -> None:
-    flat = Unit((2, 3, 4), (0.0, 0.0, 0.0))
+    flat = Item((2, 3, 4), (0.0, 0.0, 0.0))
     assert allocate([flat, flat], 100) == [0, 0]
 
 
 def test_nothing_to_choose() -> None:
     assert allocate([], 0) == []
     assert allocate([], -1) is None
-    assert allocate([Unit((5,), (1.0,))], 5) == [0]
-    assert allocate([Unit((5,), (1.0,))], 4) is None
+    assert allocate([Item((5,), (1.0,))], 5) == [0]
+    assert allocate([Item((5,), (1.0,))], 4) is None
 
 
 def test_coarse_cells_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_coarse_cells_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(knapsack, "_LARGEST_CELLS", 300)
     generator = random.Random(0)
     units = [
-        Unit(
+        Item(
             tuple(base + k * (1000 + generator.randint(0, 9)) for k in range(4)),
             tuple(base / 4**k for k in range(4)),
         )
@@ -89,7 +89,7 @@ def test_as_many_units_as_a_large_model_has() -> None:
     bits = (2, 3, 4, 5, 6, 8)
     sizes = {size: tuple(size * b for b in bits) for size in (5, 4, 28, 14)}
     units = [
-        Unit(sizes[size], tuple(generator.random() / 4**b for b in bits))
+        Item(sizes[size], tuple(generator.random() / 4**b for b in bits))
         for _ in range(80)
         for size in sizes
     ]

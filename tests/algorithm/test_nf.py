@@ -105,14 +105,14 @@ def test_loops_agree_with_their_twins(bits: int, shape: tuple[int, int]) -> None
     level_RL = (value_L * scale_R[:, None]).bfloat16().float()
     given = (target_RC, weight_RC, upper_CC, scale_R, value_L, level_RL)
     before_RC = target_RC.clone()
-    code_RC, error_RC, left_RC = sweep_table(*given)
+    code_RC, error_RC, residual_RC = sweep_table(*given)
     assert torch.equal(target_RC, before_RC)
     twin_RC, *_ = sweep_table_naive(*given)
     assert float((code_RC == twin_RC).double().mean()) > 0.99
     exact_RC = (target_RC - weight_RC).double() + error_RC.double() @ (
         upper_CC.double().triu(1) + torch.eye(len(upper_CC))
     )
-    assert torch.allclose(left_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(residual_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
     assert torch.equal(error_RC, weight_RC - level_RL.gather(1, code_RC.long()))
     pull_RC = error_RC @ hessian_CC
     given = (code_RC, pull_RC, hessian_CC, scale_R, value_L, level_RL)

@@ -73,7 +73,7 @@ def test_the_factor_keeps_the_hessian(case: tuple[Any, ...], tile: int) -> None:
     _, factor, whole_II = problem(case[0], inputs, tile)
     one_II = torch.eye(inputs)
     for start, end in ((0, 1), (5, 40), (0, inputs), (inputs - 33, inputs)):
-        columns_IW, among_WW = factor.pulls(one_II, start, end)
+        columns_IW, among_WW = factor.gradients(one_II, start, end)
         assert torch.allclose(columns_IW, whole_II[:, start:end], rtol=1e-6, atol=1e-6)
         assert torch.equal(among_WW, columns_IW[start:end])
 

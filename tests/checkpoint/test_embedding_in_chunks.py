@@ -23,7 +23,7 @@ from rsq_stream.checkpoint.shards import SINGLE, Checkpoint
 from rsq_stream.checkpoint.source import CHUNK_BYTES, chunk_rows
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import CheckpointError, DamagedError, Interrupted, OutputError
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD
 from rsq_stream.output.shard_writer import ShardWriter
 from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.validate import inspect_checkpoint
@@ -136,7 +136,7 @@ def test_a_stop_or_a_kill_between_chunks_goes_on_to_the_same_bytes(
                     if len(wrote) == at:
                         end()
 
-            with crash_points.observed(strike), pytest.raises(error):
+            with crash_points.observing(strike), pytest.raises(error):
                 run_toy(folder, output, stop=stop, head_bits=3, **RUN)
             assert len(wrote) == at
             assert run_toy(folder, output, head_bits=3, **RUN).resumed_at == 0
@@ -162,13 +162,13 @@ def test_a_late_chunk_with_infinity_is_refused(tmp_path: Path) -> None:
 
 def test_rows_and_chunks_are_those_of_the_whole(tmp_path: Path) -> None:
     checkpoint = open_toy(toy_checkpoint(tmp_path / "toy", **TOY))
-    whole_VD = checkpoint.read(HEAD)
-    chunks = list(checkpoint.read_chunks(HEAD, 50))
+    whole_VD = checkpoint.read(LM_HEAD)
+    chunks = list(checkpoint.read_chunks(LM_HEAD, 50))
     assert [len(chunk) for chunk in chunks] == [50, 50, 37]
     assert torch.equal(torch.cat(chunks), whole_VD)
-    assert torch.equal(torch.cat(list(checkpoint.read_chunks(HEAD, 999))), whole_VD)
+    assert torch.equal(torch.cat(list(checkpoint.read_chunks(LM_HEAD, 999))), whole_VD)
     index_N = torch.tensor([136, 0, 7, 7])
-    assert torch.equal(checkpoint.read_rows(HEAD, index_N), whole_VD[index_N])
+    assert torch.equal(checkpoint.read_rows(LM_HEAD, index_N), whole_VD[index_N])
     assert torch.equal(
         torch.cat(list(checkpoint.read_chunks(FINAL_NORM, 7))),
         checkpoint.read(FINAL_NORM),

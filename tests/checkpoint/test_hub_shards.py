@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from rsq_stream.checkpoint import files
 from rsq_stream.checkpoint.files import HubFiles, read_header
-from rsq_stream.checkpoint.hub_shards import OUTSIDE, Needs, bytes_to_fetch
+from rsq_stream.checkpoint.hub_shards import NO_BLOCK, ShardSchedule, bytes_to_fetch
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.run_options import RunOptions
@@ -224,7 +224,9 @@ def test_a_resumed_run_fetches_what_is_needed_and_removes_its_own(
     stop = threading.Event()
     with pytest.raises(Interrupted):
         run_hub(hub, tmp_path / "out", listener=after_block(3, stop.set), stop=stop)
-    needs = Needs(open_toy(hub.folder), inspect_checkpoint(open_toy(hub.folder)))
+    needs = ShardSchedule(
+        open_toy(hub.folder), inspect_checkpoint(open_toy(hub.folder))
+    )
     over = {shard for shard, last in needs.last.items() if last < 3} - {kept}
     assert over
     assert over.isdisjoint(hub.here())
@@ -252,8 +254,8 @@ def test_the_plan_says_how_much_is_on_disk(hub: Hub, tmp_path: Path) -> None:
     checkpoint, plan, options, _ = planned(hub, tmp_path / "out", evict_source=True)
     architecture = inspect_checkpoint(checkpoint)
     made = plan_execution(checkpoint, architecture, plan, options)
-    needs = Needs(checkpoint, architecture)
-    assert needs.of(OUTSIDE)[0] == checkpoint.entry("model.embed_tokens.weight").shard
+    needs = ShardSchedule(checkpoint, architecture)
+    assert needs.of(NO_BLOCK)[0] == checkpoint.entry("model.embed_tokens.weight").shard
     assert needs.of(architecture.blocks) == []
     shard_bytes = {
         shard: sum(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from rsq_stream.checkpoint.files import FolderFiles
-from rsq_stream.checkpoint.prefetch import ReadAhead
+from rsq_stream.checkpoint.prefetch import BlockPrefetch
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import CheckpointError, Interrupted
 from rsq_stream.events import BlockFinished, Event
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.planning.memory import fit
-from rsq_stream.planning.memory.stages import MemoryPlan
+from rsq_stream.planning.memory.stages import StageMemoryModel
 from rsq_stream.planning.quantization_plan import make_plan
 from tests.support.toy import (
     Recorder,
@@ -28,7 +28,7 @@ from tests.support.toy import (
 )
 from tests.support.toy import run_toy as run
 
-AHEAD: dict[str, Any] = {"execution": {"reads_ahead": True}}
+AHEAD: dict[str, Any] = {"execution": {"prefetches_blocks": True}}
 RTN: dict[str, Any] = {"method": "rtn", "clip_steps": 4}
 
 
@@ -52,7 +52,7 @@ class Parts:
 
 def test_a_part_is_read_once_ahead() -> None:
     parts = Parts()
-    ahead = ReadAhead(parts)
+    ahead = BlockPrefetch(parts)
     assert ahead.take(0) == 0
     ahead.begin(1)
     assert ahead.take(1) == 10
@@ -62,7 +62,7 @@ def test_a_part_is_read_once_ahead() -> None:
 
 def test_another_part_is_read_where_it_is_needed() -> None:
     parts = Parts()
-    ahead = ReadAhead(parts)
+    ahead = BlockPrefetch(parts)
     ahead.begin(1)
     assert ahead.take(2) == 20
     assert ahead.take(1) == 10
@@ -72,7 +72,7 @@ def test_another_part_is_read_where_it_is_needed() -> None:
 def test_an_error_is_said_where_the_part_is_needed() -> None:
     parts = Parts()
     parts.broken.add(1)
-    ahead = ReadAhead(parts)
+    ahead = BlockPrefetch(parts)
     ahead.begin(1)
     with pytest.raises(CheckpointError, match="part 1 is broken"):
         ahead.take(1)
@@ -90,7 +90,7 @@ def test_who_waits_can_be_stopped() -> None:
     def check() -> None:
         raise Interrupted("stopped")
 
-    ahead = ReadAhead(parts, check)
+    ahead = BlockPrefetch(parts, check)
     ahead.begin(1)
     with pytest.raises(Interrupted):
         ahead.take(1)
@@ -158,7 +158,7 @@ def test_it_is_for_a_gpu_whose_host_has_room(toy: Path) -> None:
         None,
         device=torch.device("cpu"),
     )
-    memory = MemoryPlan(
+    memory = StageMemoryModel(
         architecture=architecture,
         plan=plan,
         source_type=torch.float32,
@@ -166,7 +166,7 @@ def test_it_is_for_a_gpu_whose_host_has_room(toy: Path) -> None:
         workers=1,
         on_gpu=True,
     )
-    ahead = dataclasses.replace(memory, reads_ahead=True)
+    ahead = dataclasses.replace(memory, prefetches_blocks=True)
     stored = memory._stored
     for before, after in zip(memory.stages(), ahead.stages(), strict=True):
         more = after.host_bytes - before.host_bytes
@@ -175,16 +175,16 @@ def test_it_is_for_a_gpu_whose_host_has_room(toy: Path) -> None:
     need = max(made.host_bytes for made in ahead.stages())
     need += fit.HOST_OVERHEAD_BYTES
     for spare, expected in ((0, True), (-1, False)):
-        room = fit.Room(
+        room = fit.MemoryLimits(
             host_bytes=need + spare,
             host_stated=True,
             device_bytes=1 << 40,
             device_stated=True,
             used_bytes=0,
         )
-        assert fit.reading_ahead(memory, room).reads_ahead == expected
+        assert fit.reading_ahead(memory, room).prefetches_blocks == expected
 
 
 def test_a_host_that_computes_does_not_read_ahead(toy: Path, tmp_path: Path) -> None:
     plan, _ = plan_toy(toy, method="rtn")
-    assert not execution_for(toy, plan, options_for(tmp_path / "o")).reads_ahead
+    assert not execution_for(toy, plan, options_for(tmp_path / "o")).prefetches_blocks

@@ -15,7 +15,7 @@ from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.options.resolve import prepare
 
 from rsq_stream.demo import CALIBRATION, MODEL
-from rsq_stream.storage.work_folder import RunFolder
+from rsq_stream.storage.work_folder import WorkFolder
 from tests.support.cli_runs import Run
 
 SHARD = "model.safetensors"
@@ -281,7 +281,7 @@ def test_work_folder_of_another_plan(refused: Refused, tmp_path: Path) -> None:
     )
     made = prepare(str(MODEL), job, read_calibration=True)
     plan, work_dir = made.plan, made.options.work_dir
-    with RunFolder(work_dir) as folder:
+    with WorkFolder(work_dir) as folder:
         folder.open_journal(plan.canonical_json(), plan.sha256)
     line = refused(*with_text("--bits", "4"))
     assert f"{work_dir}: holds an unfinished run of another plan" in line

@@ -10,7 +10,7 @@ from rsq_stream.cli.options.by_name import job_options
 from rsq_stream.cli.options.quantize_options import QuantizeOptions
 from rsq_stream.cli.sweep.file import EvalOptions, read_sweep
 from rsq_stream.cli.sweep.runs import (
-    Run,
+    SweepRun,
     evaluation_of,
     plan_rows,
     require_texts,
@@ -47,11 +47,11 @@ def check_all(path: Path) -> None:
     require_texts(sweep, planned, evaluation_of(sweep, planned))
 
 
-def runs_in(path: Path) -> list[Run]:
+def runs_in(path: Path) -> list[SweepRun]:
     sweep = read_sweep(path)
     planned = plan_rows(sweep, rows_of(sweep), "cpu")
     evaluation = evaluation_of(sweep, planned)
-    runs: list[Run] = runs_of(sweep, planned, evaluation, {None: "model"})
+    runs: list[SweepRun] = runs_of(sweep, planned, evaluation, {None: "model"})
     return runs
 
 

@@ -17,7 +17,7 @@ from rsq_stream.cli.sweep import pool as sweep_pool
 from rsq_stream.cli.sweep.folder import SweepFolder
 from rsq_stream.cli.sweep.places import Place, places_for
 from rsq_stream.cli.sweep.pool import run_all
-from rsq_stream.cli.sweep.runs import Run
+from rsq_stream.cli.sweep.runs import SweepRun
 from rsq_stream.cli.sweep.table import as_table, line_of
 
 from rsq_stream.errors import ScratchError, UsageError
@@ -232,7 +232,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sweep_pool, "_CHILD", "made_up_child")
 
-    def begin(run: Run, place: Place) -> Path:
+    def begin(run: SweepRun, place: Place) -> Path:
         task: Path = tmp_path / run.key / "task.json"
         task.parent.mkdir()
         task.write_text(run.name)
@@ -240,7 +240,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def call(what: list[str], places: list[Place], stop: threading.Event) -> Any:
         runs = [
-            Run(name=name, seed=0, job=QuantizeOptions(), key=str(number))
+            SweepRun(name=name, seed=0, job=QuantizeOptions(), key=str(number))
             for number, name in enumerate(what)
         ]
         return run_all(runs, places, begin, stop)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rsq_stream.config.activations import NOTHING, ActivationScheme
+from rsq_stream.config.activations import NOTHING, ActivationRounding
 from rsq_stream.errors import UsageError
 from tests.config.test_quantization_plan import named, plan
 
@@ -51,13 +51,13 @@ def test_plans_and_schemes_refuse(changes: dict[str, Any], message: str) -> None
     assert str(caught.value) == message
     whole = {"activation_bits": 4, "kv_bits": 4} | changes
     with pytest.raises(UsageError) as caught:
-        ActivationScheme(**whole)
+        ActivationRounding(**whole)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("bits", [*range(2, 9), 16])
 def test_bits_that_exist(bits: int) -> None:
-    made = ActivationScheme(activation_bits=bits, kv_bits=bits)
+    made = ActivationRounding(activation_bits=bits, kv_bits=bits)
     assert made.rounds_activations == (bits != 16)
     assert plan(activation_bits=bits, kv_bits=bits).rounds_activations == (bits != 16)
 
@@ -65,9 +65,9 @@ def test_bits_that_exist(bits: int) -> None:
 def test_groups_must_be_whole() -> None:
     inputs = {"self_attn.q_proj": 96, "mlp.down_proj": 172}
     for size in (-1, 2, 4):
-        made = ActivationScheme(activation_bits=4, activation_group_size=size)
+        made = ActivationRounding(activation_bits=4, activation_group_size=size)
         made.require_whole_groups(inputs)
-    made = ActivationScheme(activation_bits=4, activation_group_size=32)
+    made = ActivationRounding(activation_bits=4, activation_group_size=32)
     with pytest.raises(UsageError) as caught:
         made.require_whole_groups(inputs)
     assert str(caught.value) == (
@@ -79,24 +79,26 @@ def test_groups_must_be_whole() -> None:
 def test_a_scheme_is_taken_from_a_plan_and_from_an_older_one() -> None:
     made = plan(activation_clip=0.9, kv_bits=3)
     fields = {name: getattr(made, name) for name in PLAN_NAMES}
-    scheme = ActivationScheme.from_fields(fields | {"method": "rsq"})
-    assert scheme == ActivationScheme(activation_bits=4, activation_clip=0.9, kv_bits=3)
-    assert ActivationScheme.from_fields({"method": "rsq"}) == NOTHING
+    scheme = ActivationRounding.from_fields(fields | {"method": "rsq"})
+    assert scheme == ActivationRounding(
+        activation_bits=4, activation_clip=0.9, kv_bits=3
+    )
+    assert ActivationRounding.from_fields({"method": "rsq"}) == NOTHING
 
 
-PLAN_NAMES = [field.name for field in dataclasses.fields(ActivationScheme)]
+PLAN_NAMES = [field.name for field in dataclasses.fields(ActivationRounding)]
 
 
 def test_what_is_given_replaces_and_16_bits_switch_off() -> None:
-    made = ActivationScheme(activation_bits=4, activation_clip=0.9, kv_bits=4)
+    made = ActivationRounding(activation_bits=4, activation_clip=0.9, kv_bits=4)
     given: dict[str, Any] = dict.fromkeys(PLAN_NAMES)
     assert made.changed(given) == made
     changed = made.changed(given | {"kv_clip": 0.95, "kv_symmetric": False})
     expected: dict[str, Any] = {"kv_bits": 4, "kv_clip": 0.95, "kv_symmetric": False}
-    assert changed == ActivationScheme(
+    assert changed == ActivationRounding(
         activation_bits=4, activation_clip=0.9, **expected
     )
-    assert made.changed({"activation_bits": 16}) == ActivationScheme(kv_bits=4)
+    assert made.changed({"activation_bits": 16}) == ActivationRounding(kv_bits=4)
     assert made.changed(OFF) == NOTHING
     with pytest.raises(UsageError, match="--activation-clip needs --activation-bits"):
         made.changed({"activation_bits": 16, "activation_clip": 0.8})
@@ -105,10 +107,10 @@ def test_what_is_given_replaces_and_16_bits_switch_off() -> None:
 
 
 def test_words() -> None:
-    made = ActivationScheme(activation_bits=4, activation_group_size=64, kv_bits=3)
+    made = ActivationRounding(activation_bits=4, activation_group_size=64, kv_bits=3)
     assert NOTHING.activations_text() == "nothing"
     assert made.activations_text() == (
         "4-bit inputs of linears, symmetric, groups of 64; 3-bit K and V, symmetric"
     )
-    made = ActivationScheme(kv_bits=4, kv_symmetric=False, kv_clip=0.95)
+    made = ActivationRounding(kv_bits=4, kv_symmetric=False, kv_clip=0.95)
     assert made.activations_text() == "4-bit K and V, asymmetric, clip 0.95"

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from rsq_stream.algorithm.gptq import error_propagation
 from rsq_stream.algorithm.gptq.ldl import factorise
-from rsq_stream.checkpoint.manifest import served_scheme
+from rsq_stream.checkpoint.manifest import served_rounding
 from rsq_stream.checkpoint.model_reader import ModelReader
-from rsq_stream.config.activations import NOTHING, ActivationScheme
+from rsq_stream.config.activations import NOTHING, ActivationRounding
 from rsq_stream.errors import Interrupted, OutputError, PlanMismatchError, UsageError
 from rsq_stream.evaluation import perplexity
 from rsq_stream.evaluation.generation import greedy_sample
 from rsq_stream.evaluation.perplexity import evaluate
 from rsq_stream.events import Event, StageStarted
 from rsq_stream.pipeline import block_solver
-from rsq_stream.pipeline.bit_allocation.measure import measuring_plan
+from rsq_stream.pipeline.bit_allocation.measure import sensitivity_plan
 from tests.support.cli_runs import Run
 from tests.support.textbook import token_weights
 from tests.support.textbook_activations import Served, serving
@@ -130,7 +130,9 @@ def test_perplexity_is_that_of_transformers_with_hooks(
 ) -> None:
     folder = toy_checkpoint(tmp_path / "toy", family=family, mlp=192)
     model = transformers_model(folder, dtype=torch.float64)
-    found = evaluate(open_toy(folder), WINDOWS, scheme=ActivationScheme(**scheme)).loss
+    found = evaluate(
+        open_toy(folder), WINDOWS, scheme=ActivationRounding(**scheme)
+    ).loss
     expected = loss_of(model, WINDOWS, scheme)
     assert found == pytest.approx(expected, rel=1e-6)
     plain = loss_of(model, WINDOWS, {})
@@ -140,9 +142,9 @@ def test_perplexity_is_that_of_transformers_with_hooks(
 
 @pytest.mark.usefixtures("in_float64")
 def test_a_folder_is_evaluated_as_it_was_calibrated(toy: Path, served: Path) -> None:
-    scheme = ActivationScheme(**W4A4KV4)
-    assert served_scheme(open_toy(served)) == scheme
-    assert served_scheme(open_toy(toy)) == NOTHING
+    scheme = ActivationRounding(**W4A4KV4)
+    assert served_rounding(open_toy(served)) == scheme
+    assert served_rounding(open_toy(toy)) == NOTHING
     made = evaluate(open_toy(served), WINDOWS, against=open_toy(toy))
     named = evaluate(open_toy(served), WINDOWS, scheme=scheme)
     plain = evaluate(open_toy(served), WINDOWS, scheme=NOTHING)
@@ -164,14 +166,14 @@ def test_an_older_output_and_a_damaged_one(served: Path, tmp_path: Path) -> None
     manifest = json.loads(path.read_text())
     older = {k: v for k, v in manifest["plan"].items() if k not in SCHEME_FIELDS}
     path.write_text(json.dumps({"plan": older}))
-    assert served_scheme(open_toy(folder)) == NOTHING
+    assert served_rounding(open_toy(folder)) == NOTHING
     for content in ("{", "[]", "{}", '{"plan": 3}', '{"plan": {"kv_bits": 1}}'):
         path.write_text(content)
         with pytest.raises(OutputError, match=r"rsq_stream.json: does not say how"):
             evaluate(open_toy(folder), WINDOWS)
 
 
-SCHEME_FIELDS = [field.name for field in dataclasses.fields(ActivationScheme)]
+SCHEME_FIELDS = [field.name for field in dataclasses.fields(ActivationRounding)]
 
 
 def test_samples_round_what_evaluation_does(toy: Path, served: Path) -> None:
@@ -181,19 +183,21 @@ def test_samples_round_what_evaluation_does(toy: Path, served: Path) -> None:
         for _ in range(8):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     expected = tokenizer.decode(ids, skip_special_tokens=True)
-    scheme = ActivationScheme(**SMOOTH)
+    scheme = ActivationRounding(**SMOOTH)
     found = greedy_sample(open_toy(toy), "Once upon", 8, scheme=scheme)
     assert found == expected != greedy_sample(open_toy(toy), "Once upon", 8)
     # By default what the folder was calibrated for.
     own = greedy_sample(open_toy(served), "Once upon", 8)
-    scheme = ActivationScheme(**W4A4KV4)
+    scheme = ActivationRounding(**W4A4KV4)
     assert own == greedy_sample(open_toy(served), "Once upon", 8, scheme=scheme)
     assert own != greedy_sample(open_toy(served), "Once upon", 8, scheme=NOTHING)
 
 
 def test_what_comes_later_changes_nothing_before(toy: Path) -> None:
     """So tokens may be generated one by one, with K and V kept."""
-    reader = InFloat64(open_toy(toy), torch.device("cpu"), ActivationScheme(**W4A4KV4))
+    reader = InFloat64(
+        open_toy(toy), torch.device("cpu"), ActivationRounding(**W4A4KV4)
+    )
     block = reader.block(0, reader.rope(31))
     x_BTD = reader.embedding()[WINDOWS].double()
     whole_BTD = block.forward(x_BTD)
@@ -284,7 +288,7 @@ def test_the_full_precision_stream_stays_as_computed(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    drift_error = error_propagation.drift_error
+    drift_error = error_propagation.cross_term_error
 
     def recording(quantized: Any, full: Any, *more: Any) -> Tensor:
         seen.append(full.value_BTI)
@@ -340,7 +344,7 @@ def test_calibrating_as_served_changes_the_codes_and_helps(
     assert not any(torch.equal(one[name], other[name]) for name in names)
     windows = plan_toy(toy, **SERVED_RUN)[1]
     assert windows is not None
-    scheme, found = ActivationScheme(**W4A4KV4), []
+    scheme, found = ActivationRounding(**W4A4KV4), []
     for folder in (served, plain):
         made = evaluate(
             open_toy(folder),
@@ -357,7 +361,7 @@ def test_what_bits_cost_is_measured_in_full_precision(toy: Path) -> None:
     plan, _ = plan_toy(toy, **CLIPPED)
     plain, _ = plan_toy(toy)
     assert plan != plain
-    assert measuring_plan(plan) == measuring_plan(plain)
+    assert sensitivity_plan(plan) == sensitivity_plan(plain)
 
 
 def test_groups_that_are_not_whole_are_refused_at_once(toy: Path) -> None:
@@ -366,7 +370,7 @@ def test_groups_that_are_not_whole_are_refused_at_once(toy: Path) -> None:
     with pytest.raises(UsageError, match=message):
         plan_toy(toy, **scheme)
     with pytest.raises(UsageError, match=message):
-        evaluate(open_toy(toy), WINDOWS, scheme=ActivationScheme(**scheme))
+        evaluate(open_toy(toy), WINDOWS, scheme=ActivationRounding(**scheme))
 
 
 WORDS = "4-bit inputs of linears, symmetric; 4-bit K and V, symmetric"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.config.activations import ActivationScheme
+from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.model.activation_quantizer import (
     AS_COMPUTED,
     ActivationQuantizer,
@@ -18,7 +18,7 @@ from tests.support import textbook_activations as textbook
 LENGTHS = [1, 31, 172]
 WIDTHS = [16, 24, 26, 80, 128]
 """Head widths: 24 is Paley's 12 doubled, 80 his 20 by 4; 26 has blocks of 2 alone."""
-W4 = ActivationQuantizer(ActivationScheme(kv_bits=4))
+W4 = ActivationQuantizer(ActivationRounding(kv_bits=4))
 
 
 def heads(count: int, tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -63,7 +63,7 @@ def test_without_bits_nothing_is_touched(dtype):
     assert AS_COMPUTED.values(key) is key
     x_BTI = key[0]
     assert AS_COMPUTED.inputs(x_BTI) is x_BTI
-    only_inputs = ActivationQuantizer(ActivationScheme(activation_bits=4))
+    only_inputs = ActivationQuantizer(ActivationRounding(activation_bits=4))
     assert only_inputs.keys(query, key) == (query, key)
     assert only_inputs.values(key) is key
     assert W4.inputs(x_BTI) is x_BTI
@@ -72,7 +72,7 @@ def test_without_bits_nothing_is_touched(dtype):
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize(("kv_heads", "symmetric"), [(1, True), (2, False), (6, True)])
 def test_keys_and_values_are_those_of_the_textbook(kv_heads, symmetric, tokens):
-    scheme = ActivationScheme(kv_bits=4, kv_symmetric=symmetric, kv_clip=0.95)
+    scheme = ActivationRounding(kv_bits=4, kv_symmetric=symmetric, kv_clip=0.95)
     made = ActivationQuantizer(scheme)
     # In float64, so that no value falls to the other side of an edge.
     query = heads(6, tokens, 16).double()

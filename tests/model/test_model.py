@@ -16,7 +16,7 @@ from rsq_stream.model.architecture import Architecture, read_architecture
 from rsq_stream.model.block import Block
 from rsq_stream.model.families import FAMILIES
 from rsq_stream.model.fused_rotation import ModelRotation
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD, block_prefix
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 from rsq_stream.model.transformers_layers import Rope, layer_config
 from tests.support.entries import family_config
 from tests.support.toy import LINEARS, STAGES
@@ -102,7 +102,7 @@ def blocks(toy: Toy, rotation: ModelRotation | None = None) -> Iterator[Block]:
 def logits(toy: Toy, rotation: ModelRotation | None = None) -> Tensor:
     """The model's logits by a chain of blocks."""
     embedding, gain_D = toy.tensors[EMBEDDING], toy.tensors[FINAL_NORM]
-    head = embedding if toy.architecture.tied else toy.tensors[HEAD]
+    head = embedding if toy.architecture.tied else toy.tensors[LM_HEAD]
     if rotation:
         embedding, head = rotation.embedding(embedding), rotation.head(head, gain_D)
         gain_D = torch.ones_like(gain_D)
@@ -212,7 +212,7 @@ def test_shapes_are_those_of_the_checkpoint(family, tied):
     source = toy(family, 160, tied=tied)
     shapes = {name: tuple(value.shape) for name, value in source.tensors.items()}
     if tied:  # the state names both, a checkpoint holds one
-        assert shapes.pop(HEAD) == shapes[EMBEDDING]
+        assert shapes.pop(LM_HEAD) == shapes[EMBEDDING]
     announced = source.architecture.outer_shapes()
     for index in range(source.architecture.blocks):
         for name, shape in source.architecture.block_shapes(index).items():

@@ -34,7 +34,7 @@ from rsq_stream.model.online_rotation import (
 )
 from rsq_stream.model.transformers_layers import Rope, layer_config
 from rsq_stream.output.verify import verify
-from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
+from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support import textbook
 from tests.support.dense import matrix_of, textbook_rotations
@@ -402,7 +402,7 @@ def test_what_bits_cost_is_measured_on_rotated_inputs(
         chosen: dict[str, Any] = {"rotation": kind, "method": "quarot"}
         plan, windows = plan_toy(toy, **chosen)
         assert windows is not None
-        plan, options = measuring_plan(plan), options_for(tmp_path / kind)
+        plan, options = sensitivity_plan(plan), options_for(tmp_path / kind)
         execution = execution_for(toy, plan, options)
         parts = {"plan": plan, "execution": execution, "options": options}
         found.append(measure(job_of(open_toy(toy), **parts, windows=windows)))

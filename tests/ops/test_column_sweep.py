@@ -59,7 +59,7 @@ def same(given: Given, device: str) -> Swept:
     twin = sweep_naive(*given)
     found = Swept(*(part.cpu() for part in sweep(*given.to(device))))
     assert found.code_RC.dtype == torch.uint8
-    assert found.error_RC.dtype == found.left_RC.dtype == torch.float32
+    assert found.error_RC.dtype == found.residual_RC.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found, twin, strict=True))
     return found
 
@@ -70,12 +70,12 @@ def same(given: Given, device: str) -> Swept:
 @each_size
 def test_sweep_is_its_twin(rows, columns, bits, zero, device):
     given = problem(rows, columns, bits, zero)
-    code_RC, error_RC, left_RC = same(given, device)
+    code_RC, error_RC, residual_RC = same(given, device)
     chosen_RC = given.level_RL.gather(1, code_RC.long())
     assert torch.equal(error_RC, given.weight_RC - chosen_RC)
     upper_CC = given.upper_CC.double().triu(1)
     exact_RC = given.target_RC + error_RC.double() @ upper_CC - chosen_RC
-    assert torch.allclose(left_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(residual_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
 
 
 @each_device

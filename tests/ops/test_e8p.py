@@ -160,7 +160,7 @@ def test_faces_agree_with_their_twins(shape: tuple[int, int]) -> None:
     for made in (sweep_lattice(*given), sweep_lattice_naive(*given, unit_BCC)):
         owed_RC = (target_RC - weight_RC).double()
         exact_RC = owed_RC + made.error_RC.double() @ upper_CC.double()
-        assert torch.allclose(made.left_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(made.residual_RC.double(), exact_RC, rtol=1e-4, atol=1e-5)
     assert float((code_RC == twin_RC).double().mean()) > 0.99
     if columns == 8:
         assert torch.equal(error_RC, twin_error_RC)

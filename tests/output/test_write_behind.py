@@ -52,7 +52,7 @@ def test_codes_are_written_by_a_thread_of_their_own(
         if when == "after" and (kind == "commit" or paths[0].name.endswith(PARTIAL)):
             seen.append((kind, threading.current_thread().name))
 
-    with crash_points.observed(see):
+    with crash_points.observing(see):
         run_toy(crash.toy, tmp_path / "out", **RUN)
     assert contents(tmp_path / "out") == crash.whole
     behind = [n for n, (_, thread) in enumerate(seen) if thread.startswith("rsq-codes")]

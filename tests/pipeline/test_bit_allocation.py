@@ -13,7 +13,7 @@ import torch
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
 from rsq_stream.algorithm.grids.integer import decode
 from rsq_stream.checkpoint.source import Source
-from rsq_stream.config.schemes import HEAD_LINEAR
+from rsq_stream.config.schemes import LM_HEAD_LINEAR
 from rsq_stream.errors import Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
 from rsq_stream.output.layout import output_bits, source_weights
@@ -24,7 +24,7 @@ from rsq_stream.pipeline.bit_allocation.choose_bits import (
     choose_bits,
     require_reachable,
 )
-from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
+from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
 from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime.worker_pool import Pool
@@ -68,7 +68,7 @@ def measured(toy: Path, output: Path, **changes: Any) -> Costs:
     options = options_for(output, **changes.pop("options", {}))
     plan, windows = plan_toy(toy, **SETTINGS | changes)
     assert windows is not None
-    plan = measuring_plan(plan)
+    plan = sensitivity_plan(plan)
     made = execution_for(toy, plan, options, **execution)
     parts = {"plan": plan, "execution": made, "options": options}
     job = job_of(open_toy(toy), **parts, windows=windows)
@@ -113,7 +113,7 @@ def test_a_cost_is_what_the_block_loses(toy: Path, costs: Costs) -> None:
     """
     plan, windows = plan_toy(toy, **SETTINGS)
     assert windows is not None
-    made = measuring_plan(plan)
+    made = sensitivity_plan(plan)
     checkpoint = open_toy(toy)
     architecture = inspect_checkpoint(checkpoint)
     source = Source(
@@ -340,7 +340,7 @@ def test_overrides_still_win(toy: Path, costs: Costs) -> None:
     down = found.scheme("model.layers.1.mlp.down_proj", 44)
     assert down is not None
     assert down.bits == 8
-    head = found.scheme(HEAD_LINEAR, 32)
+    head = found.scheme(LM_HEAD_LINEAR, 32)
     assert head is not None
     assert head.bits == 8
 
@@ -386,6 +386,6 @@ def test_the_measuring_plan_forgets_what_it_does_not_depend_on(toy: Path) -> Non
     other, _ = plan_toy(
         toy, **SETTINGS | {"bits": 4, "propagate": 0.5, "overrides": ("v_proj=16",)}
     )
-    assert measuring_plan(plan) == measuring_plan(other)
+    assert sensitivity_plan(plan) == sensitivity_plan(other)
     changed = dataclasses.replace(plan, damping=0.02)
-    assert measuring_plan(plan) != measuring_plan(changed)
+    assert sensitivity_plan(plan) != sensitivity_plan(changed)

@@ -57,7 +57,7 @@ def test_what_a_pass_took_is_given_back_before_the_solver_takes_its_own(
 
     monkeypatch.setattr("rsq_stream.pipeline.block_solver.factorise", factorised)
     monkeypatch.setattr(
-        "rsq_stream.pipeline.block_solver.give_back_free_memory",
+        "rsq_stream.pipeline.block_solver.trim_heap",
         lambda: called.append("given back"),
     )
     run_toy(toy, tmp_path / "out", **RUN)

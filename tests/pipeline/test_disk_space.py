@@ -100,6 +100,6 @@ def test_a_disk_that_fills_all_the_same_says_what_is_missing(
     full = r"full; the rest of the run needs \d+ bytes at .*/out, \d+ are free$"
     with (
         pytest.raises(DiskFullError, match=full),
-        disk_space.said_when_full(made, options, lambda: 0),
+        disk_space.explaining_full_disk(made, options, lambda: 0),
     ):
         raise DiskFullError("full")

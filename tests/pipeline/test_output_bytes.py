@@ -21,7 +21,7 @@ from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import CheckpointError, UnsupportedModelError
 from rsq_stream.model.architecture import read_architecture
 from rsq_stream.model.families import FAMILIES
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD
 from rsq_stream.output.verify import verify
 from rsq_stream.runtime.worker_pool import Pool
 from tests.support.entries import family_config
@@ -126,7 +126,7 @@ def plain_model(folder: Path, state: dict[str, Tensor]) -> Any:
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if config.tie_word_embeddings:
-        state = state | {HEAD: state[EMBEDDING]}
+        state = state | {LM_HEAD: state[EMBEDDING]}
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model
 
@@ -236,7 +236,7 @@ def test_unrotated_tensors_are_copied(
         raw = [checkpoint.read(name) for checkpoint in (before, after)]
         assert raw[0].dtype == raw[1].dtype == dtype
         assert torch.equal(raw[0].view(torch.uint8), raw[1].view(torch.uint8))
-    assert (HEAD in after.tensors) == (not tied)
+    assert (LM_HEAD in after.tensors) == (not tied)
     assert after.config["tie_word_embeddings"] == tied
 
 
@@ -252,7 +252,7 @@ def test_a_rotation_unties_the_head_and_empties_the_norms(tmp_path: Path) -> Non
         open_toy(source).read(EMBEDDING),
         open_toy(source).read(norms[-1]),
     )
-    embedding_VD, head_VD = after.read(EMBEDDING), after.read(HEAD)
+    embedding_VD, head_VD = after.read(EMBEDDING), after.read(LM_HEAD)
     expected_VV = (before_VD * gain_D) @ before_VD.T
     assert torch.allclose(head_VD @ embedding_VD.T, expected_VV, atol=1e-4)
     assert not torch.allclose(embedding_VD, before_VD, atol=0.1)

@@ -19,7 +19,7 @@ from tests.support.toy import (
     toy_checkpoint,
 )
 
-TRIED: dict[str, Any] = {"execution": {"tries_largest": True}}
+TRIED: dict[str, Any] = {"execution": {"solves_largest_first": True}}
 SAID = "trying the largest linear first: down, 172 inputs"
 
 
@@ -94,10 +94,10 @@ def test_who_tries(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     stated, open_ended = (
         options_for(output, ram_bytes=ram_bytes) for ram_bytes in (budget, None)
     )
-    assert not execution_for(toy, plan, stated).tries_largest
+    assert not execution_for(toy, plan, stated).solves_largest_first
     monkeypatch.setattr("rsq_stream.pipeline.preflight.LEAST_INPUTS", 172)
-    assert execution_for(toy, plan, stated).tries_largest
-    assert not execution_for(toy, plan, open_ended).tries_largest
+    assert execution_for(toy, plan, stated).solves_largest_first
+    assert not execution_for(toy, plan, open_ended).solves_largest_first
 
 
 def test_what_is_kept_is_not_tried(toy: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rsq_stream.errors import BudgetError, CheckpointError, NumericalError
 from rsq_stream.events import BlockFinished, RunStarted, ShardFinished, UnitsDone
 from rsq_stream.model.block import Block
 from rsq_stream.model.families.base import Stage
-from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, HEAD
+from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD
 from rsq_stream.pipeline import block_solver
 from rsq_stream.pipeline.activations import finite_check
 from rsq_stream.pipeline.activations.stream import Stream
@@ -76,8 +76,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "w2": {"options": {"workers": 2}},
     "w4": {"options": {"workers": 4}},
     "disk": {"execution": {"resident_units": 0}},
-    "mixed": {"execution": {"resident_units": 2, "in_flight": 2, "mlp_units": 1}},
-    "again": {"execution": {"mlp_units": 0}},
+    "mixed": {
+        "execution": {"resident_units": 2, "in_flight": 2, "cached_mlp_units": 1}
+    },
+    "again": {"execution": {"cached_mlp_units": 0}},
     "w2-disk": {"options": {"workers": 2}, "execution": {"resident_units": 0}},
 }
 
@@ -124,12 +126,12 @@ def test_what_more_memory_spares(
     )
     plan, _ = plan_toy(toy, **ROUNDED)
     free = execution_for(toy, plan, options_for(tmp_path / "out"))
-    assert free.mlp_units == plan.units
+    assert free.cached_mlp_units == plan.units
     each = free.mlp_bytes // plan.units
     all_slots = free.working_bytes + 3 * UNIT_BYTES * plan.units
     for kept, ram in ((0, all_slots + each - 1), (2, all_slots + 2 * each)):
         chosen = options_for(tmp_path / "out", ram_bytes=ram)
-        assert execution_for(toy, plan, chosen).mlp_units == kept
+        assert execution_for(toy, plan, chosen).cached_mlp_units == kept
     computed = 0
 
     def counted(block: Block, m_BTD: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ def test_what_more_memory_spares(
     blocks = inspect_checkpoint(open_toy(toy)).blocks
     for kept in (0, 2, plan.units):
         computed, output = 0, tmp_path / str(kept)
-        run_toy(toy, output, **ROUNDED, execution={"mlp_units": kept})
+        run_toy(toy, output, **ROUNDED, execution={"cached_mlp_units": kept})
         assert computed == blocks * (2 * plan.units - kept)
 
 
@@ -369,7 +371,7 @@ def test_both_streams_are_looked_at(
         "model.layers.1.input_layernorm.weight",
         EMBEDDING,
         FINAL_NORM,
-        HEAD,
+        LM_HEAD,
     ],
 )
 def test_a_weight_that_is_not_finite_is_named(

@@ -18,7 +18,7 @@ from rsq_stream.events import BlockFinished, Event, StageStarted
 from rsq_stream.pipeline import block_setup
 from rsq_stream.pipeline.block_solver import BlockSolver
 from rsq_stream.storage import atomic
-from rsq_stream.storage.crash_points import observed
+from rsq_stream.storage.crash_points import observing
 from tests.support.toy import STAGES, Recorder, contents, run_toy, toy_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -178,7 +178,7 @@ def test_dead_at_any_step_on_disk(
 ) -> None:
     expected = whole[0] if method == "rsq" else rounded
     steps: list[tuple[Any, ...]] = []
-    with observed(lambda *step: steps.append(step)):
+    with observing(lambda *step: steps.append(step)):
         run_toy(toy, tmp_path / "counted", method=method, **RUN)
     removals = [place for place, step in enumerate(steps) if step[1] == "remove"]
     assert len(removals) >= 4
@@ -191,7 +191,7 @@ def test_dead_at_any_step_on_disk(
             if next(done) >= place:
                 raise Dead
 
-        with pytest.raises(Dead), observed(die):
+        with pytest.raises(Dead), observing(die):
             run_toy(toy, output, method=method, **RUN)
         assert_only_whole_files(output, expected)
         try:

@@ -18,7 +18,7 @@ from rsq_stream.errors import (
 )
 from rsq_stream.events import BlockFinished, Event, StageStarted
 from rsq_stream.storage import atomic
-from rsq_stream.storage.work_folder import RunFolder
+from rsq_stream.storage.work_folder import WorkFolder
 from tests.pipeline.test_resume import RUN, SMALL
 from tests.support.toy import Recorder, contents, run_toy, toy_checkpoint, toy_windows
 
@@ -204,5 +204,5 @@ def test_a_lost_output_is_noticed_before_the_next_block(
 
 def test_a_kept_work_folder_can_be_read(toy: Path, tmp_path: Path) -> None:
     run_toy(toy, tmp_path / "out", **RUN, options={"keep_work": True})
-    with RunFolder(tmp_path / "out.work") as folder:
+    with WorkFolder(tmp_path / "out.work") as folder:
         assert folder.has_run

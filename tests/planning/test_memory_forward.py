@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rsq_stream.algorithm.importance import STRATEGIES
-from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
 from rsq_stream.planning.memory.forward import forward_bytes, unit_bytes
 from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime.worker_pool import Pool
@@ -55,16 +55,20 @@ def _key(x: Tensor) -> int:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The most that a unit takes, by pass; one is on its way at a time."""
     most: dict[str, int] = {}
-    over, apply = Passes.over, Pool.map
+    over, apply = CalibrationPasses.run, Pool.map
     running = [""]
 
-    def noted(self: Passes, slots: Any, block: int, stage: str, work: Any) -> Any:
+    def noted(
+        self: CalibrationPasses, slots: Any, block: int, stage: str, work: Any
+    ) -> Any:
         for run in over(self, slots, block, stage, work):
             running[0] = ""
             yield run
             running[0] = stage
 
-    def named(self: Passes, slots: Any, block: int, stage: str, work: Any) -> Any:
+    def named(
+        self: CalibrationPasses, slots: Any, block: int, stage: str, work: Any
+    ) -> Any:
         running[0] = stage
         yield from noted(self, slots, block, stage, work)
         running[0] = ""
@@ -79,7 +83,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         most[running[0]] = max(most.get(running[0], 0), living.most)
         return made
 
-    monkeypatch.setattr(Passes, "over", named)
+    monkeypatch.setattr(CalibrationPasses, "run", named)
     monkeypatch.setattr(Pool, "map", watched)
     return most
 
@@ -116,7 +120,7 @@ def test_a_unit_takes_what_is_counted(
         folder,
         tmp_path / "out",
         plan=fields,
-        execution={"in_flight": 1, "resident_units": 0, "mlp_units": 0},
+        execution={"in_flight": 1, "resident_units": 0, "cached_mlp_units": 0},
         **given,
     )
     plan, _ = plan_toy(folder, plan=fields, **given)

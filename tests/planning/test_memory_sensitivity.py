@@ -14,12 +14,12 @@ from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import BudgetError
 from rsq_stream.model.architecture import read_architecture
-from rsq_stream.pipeline.bit_allocation.block_sensitivity import BlockMeter
-from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
+from rsq_stream.pipeline.bit_allocation.block_sensitivity import BlockSensitivity
+from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
 from rsq_stream.planning import quantization_plan
 from rsq_stream.planning.execution_plan import plan_execution
-from rsq_stream.planning.memory.sensitivity import MeasuringMemory
-from rsq_stream.planning.memory.stages import MemoryPlan
+from rsq_stream.planning.memory.sensitivity import SensitivityMemoryModel
+from rsq_stream.planning.memory.stages import StageMemoryModel
 from rsq_stream.planning.quantization_plan import make_plan
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.planning.test_memory_stages import LLAMA, write_headers
@@ -59,9 +59,9 @@ def stages(folder: Path, method: str, **changed: Any) -> dict[str, StageMemory]:
     architecture = read_architecture(checkpoint.config, "here")
     chosen, device = Settings(bits=2, method=method), torch.device("cuda")
     plan = make_plan(checkpoint, architecture, chosen, None, device=device)
-    kind = MemoryPlan
+    kind = StageMemoryModel
     if plan.needs_calibration:
-        plan, kind = measuring_plan(plan), MeasuringMemory
+        plan, kind = sensitivity_plan(plan), SensitivityMemoryModel
     fields: dict[str, Any] = {"in_flight": 1, "workers": 1, "on_gpu": True}
     made = kind(
         architecture=architecture,
@@ -75,7 +75,7 @@ def stages(folder: Path, method: str, **changed: Any) -> dict[str, StageMemory]:
 @pytest.mark.parametrize("streams", [False, True])
 def test_measuring_by_hand(model: Path, streams: bool) -> None:
     """down of 70B: H, W in fp32 while it is rounded; the host has all that were."""
-    found = stages(model, "rsq", streams_weights=streams)["mlp out: measure down"]
+    found = stages(model, "rsq", offloads_weights=streams)["mlp out: measure down"]
     tokens = 256 * 4096
     passes = 0 if streams else 2 * BLOCK
     rounding = (4 + 8 + 24) * LARGEST + 4 * 512 * MLP  # and blocks beside H
@@ -98,7 +98,7 @@ def test_the_last_passes_keep_what_was_rounded(model: Path) -> None:
 def test_rounding_alone_by_hand(model: Path) -> None:
     """Where a block does not fit, its linears come one by one."""
     kept = stages(model, "rtn")["round"]
-    fetched = stages(model, "rtn", streams_weights=True)["round"]
+    fetched = stages(model, "rtn", offloads_weights=True)["round"]
     assert (kept.device_bytes, kept.host_bytes) == (4 * BLOCK + 32 * LARGEST, 0)
     assert fetched.device_bytes == 36 * LARGEST
     assert fetched.host_bytes == 4 * BLOCK
@@ -111,7 +111,7 @@ def test_a_smaller_card_has_weights_fetched(model: Path, method: str) -> None:
     chosen, device = Settings(bits=2, method=method), torch.device("cuda")
     plan = make_plan(checkpoint, architecture, chosen, None, device=device)
     measures = method == "rsq"
-    plan = measuring_plan(plan) if measures else plan
+    plan = sensitivity_plan(plan) if measures else plan
 
     def streams(gib: float) -> bool:
         options = RunOptions(
@@ -125,7 +125,7 @@ def test_a_smaller_card_has_weights_fetched(model: Path, method: str) -> None:
             checkpoint, architecture, plan, options, measures=measures
         )
         assert made.device_bytes <= int(gib * GIB)
-        return made.streams_weights
+        return made.offloads_weights
 
     assert not streams(16)
     assert streams(13 if measures else 9)
@@ -140,12 +140,12 @@ def test_what_is_measured_or_rounded_is_in_host_memory(
     toy = toy_checkpoint(tmp_path / "toy")
     plan, windows = plan_toy(toy, method="gptq", sequence_length=16)
     assert windows is not None
-    plan = measuring_plan(plan)
+    plan = sensitivity_plan(plan)
     options = options_for(tmp_path / "out")
     seen = []
-    shares = BlockMeter._shares
+    shares = BlockSensitivity._shares
 
-    def watched(meter: BlockMeter) -> dict[str, float]:
+    def watched(meter: BlockSensitivity) -> dict[str, float]:
         assert meter.weights == {}
         kind = meter.stream.block.weight("mlp.down_proj").dtype
         for rounded_OI, _ in meter._probes.values():
@@ -153,7 +153,7 @@ def test_what_is_measured_or_rounded_is_in_host_memory(
         seen.append(len(meter._probes))
         return shares(meter)
 
-    monkeypatch.setattr(BlockMeter, "_shares", watched)
+    monkeypatch.setattr(BlockSensitivity, "_shares", watched)
     execution = execution_for(toy, plan, options)
     parts = {"plan": plan, "execution": execution, "options": options}
     measure(job_of(open_toy(toy), **parts, windows=windows))
@@ -168,16 +168,16 @@ def test_where_weights_lie_decides_nothing(tmp_path: Path, method: str) -> None:
     made: list[Any] = []
     for streams in (False, True):
         output, place = tmp_path / f"out-{streams}", {"device": "cuda"}
-        execution = {"streams_weights": streams}
+        execution = {"offloads_weights": streams}
         if method == "rtn":
             run_toy(toy, output, options=place, execution=execution, **on_gpu)
             made.append(contents(output, "*.safetensors"))
             continue
         plan, windows = plan_toy(toy, **on_gpu)
         assert windows is not None
-        plan, options = measuring_plan(plan), options_for(output, **place)
+        plan, options = sensitivity_plan(plan), options_for(output, **place)
         fitted = execution_for(toy, plan, options)
-        fitted = dataclasses.replace(fitted, streams_weights=streams)
+        fitted = dataclasses.replace(fitted, offloads_weights=streams)
         parts = {"plan": plan, "execution": fitted, "options": options}
         made.append(measure(job_of(open_toy(toy), **parts, windows=windows)))
     assert made[0] == made[1]

@@ -25,7 +25,7 @@ from rsq_stream.planning.devices import within_card
 from rsq_stream.planning.execution_plan import plan_execution
 from rsq_stream.planning.memory import fit
 from rsq_stream.planning.memory.resident_units import kept_bytes
-from rsq_stream.planning.memory.stages import MemoryPlan
+from rsq_stream.planning.memory.stages import StageMemoryModel
 from rsq_stream.planning.quantization_plan import make_plan
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.cli_runs import Run
@@ -81,13 +81,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_headers(root / name, shape) for name, shape in LLAMA.items()}
 
 
-def memory_of(folder: Path, **changed: Any) -> MemoryPlan:
+def memory_of(folder: Path, **changed: Any) -> StageMemoryModel:
     checkpoint = Checkpoint(FolderFiles(folder))
     architecture = read_architecture(checkpoint.config, "here")
     device = torch.device("cuda" if changed.get("on_gpu", True) else "cpu")
     plan = make_plan(checkpoint, architecture, Settings(bits=2), None, device=device)
     fields: dict[str, Any] = {"in_flight": 1, "workers": 1, "on_gpu": True}
-    return MemoryPlan(
+    return StageMemoryModel(
         architecture=architecture,
         plan=plan,
         source_type=torch.bfloat16,
@@ -125,7 +125,7 @@ def test_models_fit(
 ) -> None:
     """The defaults of rsq, at 4096 tokens a window."""
     made = executed(models[model], vram_bytes=vram * GIB, ram_bytes=ram * GIB)
-    assert made.streams_weights == streams
+    assert made.offloads_weights == streams
     assert GIB < made.device_bytes <= vram * GIB
     assert made.tightest.name.startswith("mlp out")
     assert 1 <= made.in_flight <= 2
@@ -171,7 +171,7 @@ def test_more_in_flight_takes_more(models: dict[str, Path]) -> None:
     one, two = (memory_of(models["70B"], in_flight=n).stages() for n in (1, 2))
     for before, after in zip(one, two, strict=True):
         assert (after.device_bytes > before.device_bytes) == ("pass" in before.name)
-    fetched = memory_of(models["70B"], streams_weights=True).stages()
+    fetched = memory_of(models["70B"], offloads_weights=True).stages()
     for kept, other in zip(one, fetched, strict=True):
         if kept.name not in ("embedding and head", "read and rotate"):
             assert other.device_bytes < kept.device_bytes
@@ -181,7 +181,7 @@ def test_more_in_flight_takes_more(models: dict[str, Path]) -> None:
 def test_weights_stay_where_there_is_room(models: dict[str, Path]) -> None:
     """70B's peak comes with down, of which alone its weights are left then."""
     usual = memory_of(models["70B"])
-    kept = dataclasses.replace(usual, keeps_weights=True)
+    kept = dataclasses.replace(usual, keeps_solver_weights_on_gpu=True)
     block, left = 0, 4 * 8192 * 28672
     for before, after in zip(usual.stages(), kept.stages(), strict=True):
         more = before.host_bytes - after.host_bytes
@@ -194,19 +194,19 @@ def test_weights_stay_where_there_is_room(models: dict[str, Path]) -> None:
     assert block == 4 * (2 * 8192 * 8192 + 2 * 1024 * 8192) + 3 * left
     need = max(made.device_bytes for made in kept.stages())
     for spare, expected in ((0, True), (-1, False)):
-        room = fit.Room(
+        room = fit.MemoryLimits(
             host_bytes=0,
             host_stated=False,
             device_bytes=need + fit.DEVICE_OVERHEAD_BYTES + spare,
             device_stated=True,
             used_bytes=0,
         )
-        assert fit.keeping_weights(usual, room).keeps_weights == expected
+        assert fit.keeping_weights(usual, room).keeps_solver_weights_on_gpu == expected
 
 
 def test_units_in_flight_give_way_before_weights_do(models: dict[str, Path]) -> None:
     usual = memory_of(models["70B"], in_flight=4)
-    room = fit.Room(
+    room = fit.MemoryLimits(
         host_bytes=64 * GIB,
         host_stated=True,
         device_bytes=0,
@@ -217,7 +217,7 @@ def test_units_in_flight_give_way_before_weights_do(models: dict[str, Path]) -> 
     for gib in (24, 11, 9):
         roomy = dataclasses.replace(room, device_bytes=gib * GIB)
         made = fit.fitted(usual, roomy)
-        found.append((made.in_flight, made.streams_weights))
+        found.append((made.in_flight, made.offloads_weights))
     assert found[0] == (4, False)
     assert found[1][0] < 4
     assert not found[1][1]
@@ -229,13 +229,13 @@ def test_a_gpu_keeps_the_weights_that_the_host_has_no_room_for(
 ) -> None:
     """And what a refusal names is what is needed then."""
     usual = memory_of(models["70B"], in_flight=2)
-    kept = dataclasses.replace(usual, keeps_weights=True)
+    kept = dataclasses.replace(usual, keeps_solver_weights_on_gpu=True)
 
-    def host(made: MemoryPlan) -> int:
+    def host(made: StageMemoryModel) -> int:
         most = max(stage.host_bytes for stage in made.stages())
         return most + fit.HOST_OVERHEAD_BYTES
 
-    room = fit.Room(
+    room = fit.MemoryLimits(
         host_bytes=host(kept),
         host_stated=True,
         device_bytes=24 * GIB,
@@ -263,7 +263,7 @@ def test_what_no_option_states_is_fitted_to_the_machine(
     usual = memory_of(models["8B"], on_gpu=False, in_flight=4, workers=2)
     two = dataclasses.replace(usual, in_flight=2)
     need = max(made.host_bytes for made in two.stages())
-    room = fit.Room(
+    room = fit.MemoryLimits(
         host_bytes=need + fit.HOST_OVERHEAD_BYTES,
         host_stated=False,
         device_bytes=0,
@@ -341,11 +341,11 @@ def test_plan_says_what_the_whole_process_takes(
 
 
 @pytest.mark.parametrize(
-    ("method", "mlp_units", "counted"),
+    ("method", "cached_mlp_units", "counted"),
     [("gptq", 8, 6), ("gptq", 7, 6), ("gptq", 5, 5), ("gptq", 0, 0), ("rsq", 8, 8)],
 )
 def test_the_last_units_at_work_are_not_kept_yet(
-    models: dict[str, Path], method: str, mlp_units: int, counted: int
+    models: dict[str, Path], method: str, cached_mlp_units: int, counted: int
 ) -> None:
     """With two streams they are: then both are there, and their difference is made."""
     folder = models["8B"]
@@ -358,8 +358,8 @@ def test_the_last_units_at_work_are_not_kept_yet(
     chosen = plan_execution(checkpoint, architecture, plan, options)
     chosen = dataclasses.replace(
         chosen,
-        mlp_units=mlp_units,
-        mlp_bytes=100 * mlp_units,
+        cached_mlp_units=cached_mlp_units,
+        mlp_bytes=100 * cached_mlp_units,
         in_flight=4,
         slot_bytes=0,
     )
@@ -373,7 +373,7 @@ def test_the_last_units_at_work_are_not_kept_yet(
     )
     assert kept_bytes(job, "mlp in: pass") == 0
     assert kept_bytes(job, "mlp out: pass") == 100 * counted
-    assert kept_bytes(job, "mlp out: solve down") == 100 * mlp_units
+    assert kept_bytes(job, "mlp out: solve down") == 100 * cached_mlp_units
 
 
 @pytest.mark.parametrize("option", ["--vram", "--ram"])
@@ -414,7 +414,7 @@ def test_where_weights_lie_decides_no_byte(tmp_path: Path) -> None:
             propagate=0.5,
             plan={"compute_type": "bfloat16"},
             options={"device": "cuda"},
-            execution={"streams_weights": streams},
+            execution={"offloads_weights": streams},
         )
         made.append(contents(output, "*.safetensors"))
     assert made[0] == made[1]

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from rsq_stream.demo import MODEL
-from rsq_stream.pipeline.stage_profile import StageMeter, StageTaken, added_up
-from rsq_stream.planning.machine_speed import Rates, measure_rates
+from rsq_stream.pipeline.stage_profile import StageProfiler, StageUsage, added_up
+from rsq_stream.planning.machine_speed import MachineSpeed, measure_speed
 from rsq_stream.planning.time_estimate import Prediction, predict
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.support.cli_runs import SMALL, Run
 from tests.support.toy import execution_for, open_toy, options_for, plan_toy
 
-NEVER = {field.name: math.inf for field in dataclasses.fields(Rates)}
+NEVER = {field.name: math.inf for field in dataclasses.fields(MachineSpeed)}
 """Rates of a machine that takes no time for anything."""
 SETTINGS: dict[str, Any] = {
     "method": "rsq",
@@ -37,7 +37,7 @@ def predicted(tmp_path: Path, rates: dict[str, float]) -> Prediction:
     made = execution_for(MODEL, plan, options_for(tmp_path / "out"))
     made = dataclasses.replace(made, resident_units=plan.units)
     architecture = inspect_checkpoint(checkpoint)
-    return predict(architecture, plan, made, Rates(**rates), on_gpu=False)
+    return predict(architecture, plan, made, MachineSpeed(**rates), on_gpu=False)
 
 
 def test_factorisation_by_hand(tmp_path: Path) -> None:
@@ -74,30 +74,30 @@ def test_a_slow_disk_hides_the_rest(tmp_path: Path) -> None:
 def test_rates_are_measured_quickly(tmp_path: Path) -> None:
     plan, _ = plan_toy(MODEL, **SETTINGS)
     began = time.monotonic()
-    found = measure_rates(plan, torch.device("cpu"), 2, tmp_path)
+    found = measure_speed(plan, torch.device("cpu"), 2, tmp_path)
     assert time.monotonic() - began < 15  # 3 s, on a machine that is not busy
     for name, rate in dataclasses.asdict(found).items():
         assert 0 < rate < math.inf, name
     assert list(tmp_path.iterdir()) == []
-    nowhere = measure_rates(plan, torch.device("cpu"), 2, tmp_path / "absent")
+    nowhere = measure_speed(plan, torch.device("cpu"), 2, tmp_path / "absent")
     assert nowhere.written == nowhere.read == math.inf
 
 
 def test_a_stage_is_measured() -> None:
-    meter = StageMeter(torch.device("cpu"))
+    profiler = StageProfiler(torch.device("cpu"))
     try:
-        with meter.stage("large"):
+        with profiler.stage("large"):
             large = torch.ones(32 << 20, dtype=torch.uint8)
             time.sleep(0.05)
         del large
-        with pytest.raises(ValueError, match="no"), meter.stage("failed"):
+        with pytest.raises(ValueError, match="no"), profiler.stage("failed"):
             raise ValueError("no")
-        with meter.stage("small"):
+        with profiler.stage("small"):
             pass
     finally:
-        meter.close()
-    first, second = meter.news()
-    assert meter.news() == []
+        profiler.close()
+    first, second = profiler.unjournalled()
+    assert profiler.unjournalled() == []
     assert (first.name, second.name) == ("large", "small")
     assert first.seconds > 0.05
     assert first.host_bytes > 32 << 20
@@ -105,9 +105,9 @@ def test_a_stage_is_measured() -> None:
 
 
 def test_stages_are_added_up() -> None:
-    taken = [StageTaken("a", 1.0, 5, 0), StageTaken("b", 2.0, 1, 1)]
-    found = added_up([*taken, StageTaken("a", 0.5, 3, 2)])
-    assert found == (StageTaken("a", 1.5, 5, 2), StageTaken("b", 2.0, 1, 1))
+    taken = [StageUsage("a", 1.0, 5, 0), StageUsage("b", 2.0, 1, 1)]
+    found = added_up([*taken, StageUsage("a", 0.5, 3, 2)])
+    assert found == (StageUsage("a", 1.5, 5, 2), StageUsage("b", 2.0, 1, 1))
 
 
 def test_a_run_says_what_its_stages_took(run: Run, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from rsq_stream.model.families.base import (
     V,
 )
 from rsq_stream.output.verify import verify
-from rsq_stream.pipeline.bit_allocation.measure import measure, measuring_plan
-from rsq_stream.planning.machine_speed import Rates
+from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
+from rsq_stream.planning.machine_speed import MachineSpeed
 from rsq_stream.planning.time_estimate import predict
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.evaluation.test_evaluation import WINDOWS, log_probabilities, loss_of
@@ -218,7 +218,9 @@ def test_damaged_codes_are_solved_again_from_the_stage_they_are_of(
 
 def test_memory_and_time_are_planned_for_each_kind(toy: Path, tmp_path: Path) -> None:
     """A stage that k has for itself: what the run took, and what was planned."""
-    rates = Rates(**{field.name: 1e9 for field in dataclasses.fields(Rates)})
+    rates = MachineSpeed(
+        **{field.name: 1e9 for field in dataclasses.fields(MachineSpeed)}
+    )
     seconds = []
     for name in ("plain", "parted"):
         plan, _ = plan_toy(toy)
@@ -241,7 +243,7 @@ def test_memory_and_time_are_planned_for_each_kind(toy: Path, tmp_path: Path) ->
 def test_bits_of_two_kinds_of_blocks_are_measured(toy: Path, tmp_path: Path) -> None:
     part_keys()
     plan, windows = plan_toy(toy)
-    plan, options = measuring_plan(plan), options_for(tmp_path / "out")
+    plan, options = sensitivity_plan(plan), options_for(tmp_path / "out")
     execution = execution_for(toy, plan, options)
     parts = {"plan": plan, "execution": execution, "options": options}
     costs = measure(job_of(open_toy(toy), **parts, windows=windows))

@@ -15,7 +15,7 @@ from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.algorithm.importance.base import Need, Options, Ranges, Seen, Strategy
 from rsq_stream.errors import UsageError
 from rsq_stream.output.verify import verify
-from rsq_stream.planning.machine_speed import Rates
+from rsq_stream.planning.machine_speed import MachineSpeed
 from rsq_stream.planning.memory.forward import forward_bytes
 from rsq_stream.planning.time_estimate import predict
 from rsq_stream.planning.validate import inspect_checkpoint
@@ -105,7 +105,7 @@ def test_memory_and_time_follow_from_what_a_strategy_needs(
     toy: Path, tmp_path: Path
 ) -> None:
     architecture = inspect_checkpoint(open_toy(toy))
-    rates = Rates(**NEVER | {"sums": 1e6, "scores": 1e6})
+    rates = MachineSpeed(**NEVER | {"sums": 1e6, "scores": 1e6})
     taken, seconds = {}, {}
     for name in ("uniform", "last-n", "actnorm", "attncon", "actdiff", "odd"):
         plan, _ = plan_toy(toy, sequence_length=16, importance=name)

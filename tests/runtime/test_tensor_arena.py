@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsq_stream.runtime.tensor_arena import Pages
+from rsq_stream.runtime.tensor_arena import TensorArena
 
 MIB = 1 << 20
 SIZES = [(1,), (63, 137), (2, 5, 12)]
@@ -19,7 +19,7 @@ def test_what_is_got_is_what_was_put(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     kept = [torch.randn(shape).to(dtype) for _ in range(3)]
-    pages = Pages(3, kept[0].numel() * dtype.itemsize)
+    pages = TensorArena(3, kept[0].numel() * dtype.itemsize)
     assert 0 not in pages
     for number in (2, 0, 1):
         pages.put(number, kept[number])
@@ -34,14 +34,14 @@ def test_what_is_got_is_what_was_put(
 
 def test_a_copy_is_kept_and_strides_do_not_matter() -> None:
     x_AB = torch.arange(6.0).view(2, 3)
-    pages = Pages(1, 24)
+    pages = TensorArena(1, 24)
     pages.put(0, x_AB.T)
     x_AB.zero_()
     assert torch.equal(pages.get(0), torch.arange(6.0).view(2, 3).T)
 
 
 def test_what_somebody_holds_outlives_its_pages() -> None:
-    pages = Pages(2, 4 * MIB)
+    pages = TensorArena(2, 4 * MIB)
     for number in range(2):
         pages.put(number, torch.full((MIB,), float(number)))
     held = pages.get(1)
@@ -51,7 +51,7 @@ def test_what_somebody_holds_outlives_its_pages() -> None:
 
 
 def test_several_threads_put_at_once() -> None:
-    pages, ready = Pages(32, 4096), threading.Barrier(4)
+    pages, ready = TensorArena(32, 4096), threading.Barrier(4)
 
     def some(first: int) -> None:
         ready.wait()
@@ -79,7 +79,7 @@ def resident() -> int:
 def test_kept_tensors_take_their_size() -> None:
     """In the heap, one after the other, they take three times as much."""
     x_TI, count = torch.randn(2048, 256).bfloat16(), 256
-    pages = Pages(count, MIB)
+    pages = TensorArena(count, MIB)
     for _ in range(8):  # until the allocator's threshold is where it stays
         passed(x_TI)
     before = resident()

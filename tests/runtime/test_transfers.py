@@ -18,7 +18,7 @@ from rsq_stream.pipeline.activations import calibration_pass, finite_check, slot
 from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.runtime import transfers
 from rsq_stream.runtime.copy_stream import SideStream, pinned_bytes
-from rsq_stream.runtime.transfers import Inbound, Outbound, Transit, pinned_total
+from rsq_stream.runtime.transfers import ToDevice, ToHost, Transfers, pinned_total
 from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.activation_shape import SlotShape
 from tests.support.fake_copies import (
@@ -44,8 +44,8 @@ def fill(unit: int, buffer: Tensor) -> Tensor:
 
 
 @contextmanager
-def inbound_of(copies: FakeCopies, in_flight: int) -> Iterator[Inbound]:
-    made = Inbound(copies, UNIT_BYTES, in_flight)
+def inbound_of(copies: FakeCopies, in_flight: int) -> Iterator[ToDevice]:
+    made = ToDevice(copies, UNIT_BYTES, in_flight)
     try:
         yield made
     finally:
@@ -53,7 +53,7 @@ def inbound_of(copies: FakeCopies, in_flight: int) -> Iterator[Inbound]:
 
 
 def taken_by_runs(
-    fake: FakeDevice, inbound: Inbound, units: int, in_flight: int
+    fake: FakeDevice, inbound: ToDevice, units: int, in_flight: int
 ) -> list[Tensor]:
     """Take units as a pass does: a run, its compute, and what comes of it."""
     seen: list[Tensor] = []
@@ -181,10 +181,10 @@ def test_units_leave_whatever_is_done_when(in_flight: int) -> None:
     for seed in range(SCHEDULES):
         fake = FakeDevice(seed)
         copies = FakeCopies(fake)
-        outbound = Outbound(copies, UNIT_BYTES, in_flight)
+        outbound = ToHost(copies, UNIT_BYTES, in_flight)
         seen: list[Tensor] = []
 
-        def keep(leaving: transfers.Leaving, seen: list[Tensor] = seen) -> None:
+        def keep(leaving: transfers.PendingCopy, seen: list[Tensor] = seen) -> None:
             with leaving.landed() as buffer:
                 seen.append(buffer.view(torch.float32).view(UNIT).clone())
 
@@ -200,7 +200,7 @@ def test_units_leave_whatever_is_done_when(in_flight: int) -> None:
 
 def test_memory_is_not_handed_on_before_it_was_copied() -> None:
     fake = FakeDevice()
-    outbound = Outbound(FakeCopies(fake), UNIT_BYTES, 1)
+    outbound = ToHost(FakeCopies(fake), UNIT_BYTES, 1)
     x_BTD = unit_of(1)
     known = weakref.ref(x_BTD)
     leaving = outbound.take(x_BTD)
@@ -213,7 +213,7 @@ def test_memory_is_not_handed_on_before_it_was_copied() -> None:
 
 
 def test_a_buffer_comes_back_after_an_error() -> None:
-    outbound = Outbound(FakeCopies(FakeDevice()), UNIT_BYTES, 1)
+    outbound = ToHost(FakeCopies(FakeDevice()), UNIT_BYTES, 1)
     for _ in range(5):
         with pytest.raises(OSError, match="full"), outbound.take(unit_of(0)).landed():
             raise OSError("full")
@@ -224,8 +224,8 @@ def slot_beside(
     folder: Path, shape: SlotShape, resident: int, fake: FakeDevice
 ) -> Iterator[Slot]:
     sizes = shape.unit_bytes, 2
-    ways = Transit(
-        Inbound(FakeCopies(fake), *sizes), Outbound(FakeCopies(fake), *sizes)
+    ways = Transfers(
+        ToDevice(FakeCopies(fake), *sizes), ToHost(FakeCopies(fake), *sizes)
     )
     slot = Slot(folder, shape, resident, 2, direct=False, transit=ways)
     try:
@@ -334,12 +334,12 @@ def test_a_gpu_orders_copies_and_compute(in_flight: int) -> None:
         x_BTD = buffer.view(torch.float32).view(shape)
         return x_BTD.fill_(float(unit))
 
-    inbound = Inbound(gpu_copies(), size, in_flight)
-    outbound = Outbound(gpu_copies(), size, in_flight)
+    inbound = ToDevice(gpu_copies(), size, in_flight)
+    outbound = ToHost(gpu_copies(), size, in_flight)
     busy = torch.randn(4096, 4096, device="cuda")
     landed: list[float] = []
 
-    def keep(leaving: transfers.Leaving) -> None:
+    def keep(leaving: transfers.PendingCopy) -> None:
         with leaving.landed() as buffer:
             values = buffer.view(torch.float32)
             assert bool((values == values[0]).all())
@@ -369,8 +369,8 @@ def test_a_run_on_a_gpu_has_the_bytes_of_the_plain_way(
             execution={
                 "in_flight": 2,
                 "resident_units": 1,
-                "reads_ahead": aside,
-                "keeps_weights": aside,
+                "prefetches_blocks": aside,
+                "keeps_solver_weights_on_gpu": aside,
             },
             **RUN,
         )
@@ -384,7 +384,7 @@ def test_a_pass_on_a_gpu_waits_for_nothing(
 ) -> None:
     """In the second block: kernels and libraries are loaded in the first."""
     toy = toy_checkpoint(tmp_path / "toy", blocks=2, dtype=torch.bfloat16)
-    known = calibration_pass.Passes.over
+    known = calibration_pass.CalibrationPasses.run
     quiet: list[str] = []
 
     def strict(self: Any, *given: Any) -> Iterator[Any]:
@@ -400,7 +400,7 @@ def test_a_pass_on_a_gpu_waits_for_nothing(
             torch.cuda.set_sync_debug_mode("default")
         quiet.append(stage)
 
-    monkeypatch.setattr(calibration_pass.Passes, "over", strict)
+    monkeypatch.setattr(calibration_pass.CalibrationPasses, "run", strict)
     run_toy(
         toy,
         tmp_path / "out",

@@ -174,7 +174,7 @@ def test_other_errors_keep_the_systems_words(tmp_path: Path) -> None:
 
 def test_our_own_errors_pass_unchanged(tmp_path: Path) -> None:
     error = OutputError("said already")
-    with pytest.raises(RsqError) as caught, atomic.explained(tmp_path):
+    with pytest.raises(RsqError) as caught, atomic.error_context(tmp_path):
         raise error
     assert caught.value is error
 

@@ -13,14 +13,14 @@ import pytest
 
 from rsq_stream.errors import PlanMismatchError, ScratchError
 from rsq_stream.storage.journal import NAME
-from rsq_stream.storage.work_folder import RunFolder, differing_fields, mismatch
+from rsq_stream.storage.work_folder import WorkFolder, differing_fields, mismatch
 
 PLAN = json.dumps({"bits": 3, "method": "rsq", "seed": 0})
 OWNER = """
 import sys
 from pathlib import Path
-from rsq_stream.storage.work_folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]))
+from rsq_stream.storage.work_folder import WorkFolder
+folder = WorkFolder(Path(sys.argv[1]))
 folder.open_journal(sys.argv[2], "sha")
 print("ready", flush=True)
 sys.stdin.read()
@@ -45,8 +45,8 @@ def owner(path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def start(path: Path, plan: str = PLAN) -> RunFolder:
-    folder = RunFolder(path)
+def start(path: Path, plan: str = PLAN) -> WorkFolder:
+    folder = WorkFolder(path)
     folder.open_journal(plan, "sha")
     return folder
 
@@ -64,14 +64,14 @@ def test_an_unfinished_run_stays(tmp_path: Path) -> None:
     path = tmp_path / "work"
     with start(path):
         pass
-    with RunFolder(path) as folder:
+    with WorkFolder(path) as folder:
         assert folder.has_run
         assert folder.open_journal(PLAN, "sha").get("plan") == PLAN
 
 
 def test_a_folder_without_a_run_goes(tmp_path: Path) -> None:
     path = tmp_path / "work"
-    with RunFolder(path) as folder:
+    with WorkFolder(path) as folder:
         assert not folder.has_run
     assert not path.exists()
 
@@ -82,12 +82,12 @@ def test_clearing_forgets_the_run_but_keeps_the_lock(tmp_path: Path) -> None:
         (path / "even").mkdir()
         (path / "even" / "c.0.0.0").write_bytes(b"x")
         (path / "windows.safetensors").write_bytes(b"x")
-    with RunFolder(path) as folder:
+    with WorkFolder(path) as folder:
         folder.clear()
         assert not folder.has_run
         assert [entry.name for entry in path.iterdir()] == ["lock"]
         with pytest.raises(ScratchError, match="is working here"):
-            RunFolder(path)
+            WorkFolder(path)
         folder.open_journal(json.dumps({"bits": 4}), "sha")
 
 
@@ -100,14 +100,14 @@ def test_another_process_is_refused_by_its_id(tmp_path: Path) -> None:
         )
         for _ in range(2):
             with pytest.raises(ScratchError, match=message):
-                RunFolder(path)
+                WorkFolder(path)
         assert (path / NAME).exists()
 
 
 def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
     message = rf"process {os.getpid()} is working here"
     with start(tmp_path / "work"), pytest.raises(ScratchError, match=message):
-        RunFolder(tmp_path / "work")
+        WorkFolder(tmp_path / "work")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -116,7 +116,7 @@ def test_the_lock_dies_with_its_owner(tmp_path: Path, how: signal.Signals) -> No
     with owner(path) as process:
         process.send_signal(how)
         assert process.wait(timeout=60) == -how
-        with RunFolder(path) as folder:
+        with WorkFolder(path) as folder:
             assert folder.has_run
             assert (path / "lock").read_text() == str(os.getpid())
 
@@ -126,14 +126,14 @@ def test_another_plan_is_refused_by_its_fields(tmp_path: Path) -> None:
     with start(path):
         pass
     other = {"bits": 4, "method": "rsq", "seed": 1, "expand": 8}
-    with pytest.raises(PlanMismatchError) as caught, RunFolder(path) as folder:
+    with pytest.raises(PlanMismatchError) as caught, WorkFolder(path) as folder:
         folder.open_journal(json.dumps(other), "other")
     assert str(caught.value) == (
         f"{path}: holds an unfinished run of another plan: bits was 3 and is now 4;"
         " expand was None and is now 8; seed was 0 and is now 1; --restart starts"
         " over, the old values go on"
     )
-    with RunFolder(path) as folder:
+    with WorkFolder(path) as folder:
         assert folder.open_journal(PLAN, "sha").get("plan") == PLAN
 
 
@@ -150,7 +150,7 @@ def test_a_place_that_cannot_be_a_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file", tmp_path / "file" / "work"):
         with pytest.raises(ScratchError, match=rf"^{path}: (File exists|Not a dir)"):
-            RunFolder(path)
+            WorkFolder(path)
 
 
 @pytest.mark.parametrize("end", ["close", "remove", "clear"])
@@ -161,7 +161,7 @@ def test_what_is_not_a_runs_is_never_removed(tmp_path: Path, end: str) -> None:
     (path / "thesis" / "chapter").write_text("years of work")
     (path / "notes").write_text("more")
     try:
-        with RunFolder(path) as folder:
+        with WorkFolder(path) as folder:
             if end == "remove":
                 folder.open_journal(PLAN, "sha")
                 folder.remove()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq import ldl
 from rsq_stream.pipeline.activations import finite_check, slots
-from rsq_stream.runtime.copy_stream import Moment
+from rsq_stream.runtime.copy_stream import StreamEvent
 
 POISON = 171
 
@@ -103,7 +103,7 @@ class FakeCopies:
             moment.reach()
         return moment
 
-    def copy(self, target: Tensor, source: Tensor, after: Moment) -> FakeMoment:
+    def copy(self, target: Tensor, source: Tensor, after: StreamEvent) -> FakeMoment:
         assert isinstance(after, FakeMoment)
         self.queue.append(lambda: after.reached)
         self.fake.put(self.queue, lambda: target.copy_(source))
@@ -112,7 +112,7 @@ class FakeCopies:
         self.fake.put(self.queue, moment.reach)
         return moment
 
-    def hold_compute(self, until: Moment) -> None:
+    def hold_compute(self, until: StreamEvent) -> None:
         assert isinstance(until, FakeMoment)
         if self.fake.lazy:
             self.fake.compute.append(lambda: until.reached)

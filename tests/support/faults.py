@@ -104,7 +104,7 @@ class Recording:
         self.moments: list[Moment] = []
         self._kept: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
-        with crash_points.observed(self._see):
+        with crash_points.observing(self._see):
             run_toy(toy, output, **RUN)
         self.whole = look(output)
 
@@ -263,5 +263,5 @@ def failing(at: int, error: OSError, *, short: bool = False) -> Iterator[list[st
                 paths[0].write_bytes(now[:half] + old[half : len(now)])
             raise error
 
-    with crash_points.observed(strike):
+    with crash_points.observing(strike):
         yield done

@@ -24,7 +24,7 @@ from rsq_stream.ops.two_terms import add_product, two_terms
 from rsq_stream.runtime.worker_pool import Pool
 
 OUTPUTS = 2048
-"""Rows of a 16-bit weight that are used at a time, for the drift."""
+"""Rows of a 16-bit weight that are used at a time, for the cross term."""
 
 
 class StageInput(NamedTuple):
@@ -35,7 +35,7 @@ class StageInput(NamedTuple):
     """x for o, h for down; the other linears add to nothing."""
 
 
-class Drift:
+class CrossTerm:
     """G of one linear, or C - H of all linears that share an input, in fp32.
 
     Accumulated like the Hessian: by panels of columns, each by one worker, unit after
@@ -84,9 +84,9 @@ class Drift:
         independent. W is in the model's order, what is given in that of the Hessian.
         """
         upper_II = factor.matrix_II
-        drift_RI = weight_RI @ self.matrix_RI if self.shared else self.matrix_RI[rows]
+        cross_RI = weight_RI @ self.matrix_RI if self.shared else self.matrix_RI[rows]
         half_RI = torch.linalg.solve_triangular(
-            upper_II.T, drift_RI, upper=False, left=False, unitriangular=True
+            upper_II.T, cross_RI, upper=False, left=False, unitriangular=True
         )
         half_RI /= factor.scale_I
         whole_RI: Tensor = torch.linalg.solve_triangular(
@@ -115,18 +115,18 @@ def stream_error(
 ) -> Float[Tensor, "T I"]:
     """Give w (u_full - u), of inputs or of residuals.
 
-    Of inputs it makes ``Drift`` accumulate C - H.
+    Of inputs it makes ``CrossTerm`` accumulate C - H.
     """
     return weight_T[:, None] * (full_TI.float() - u_TI.float())
 
 
-def drift_error(
+def cross_term_error(
     quantized: StageInput,
     full: StageInput,
     weight_T: Tensor,
     weight_OI: Tensor | None,
 ) -> Tensor:
-    """Give what a unit adds to a stage's drift, for each token: w times the error.
+    """Return what a unit adds to a cross term, for each token: w times the error.
 
     That of the input, or with ``weight_OI`` that of the output and its residual.
     """

@@ -59,7 +59,7 @@ class Factor:
         block_WW.diagonal().add_(self.damp)
         return block_WW
 
-    def pulls(
+    def gradients(
         self, error_RI: Float[Tensor, "R I"], start: int, end: int
     ) -> tuple[Float[Tensor, "R W"], Float[Tensor, "W W"]]:
         """Give some columns of E (H + lambda I), and H + lambda I among them."""

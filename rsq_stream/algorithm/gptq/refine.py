@@ -43,7 +43,7 @@ class SweptTile:
 
 
 @dataclass(kw_only=True)
-class Polish:
+class Refinement:
     """One tile of rows with its codes, on the way to better ones."""
 
     tile: SweptTile
@@ -59,7 +59,9 @@ class Polish:
             if refit and self.group_size == -1:
                 self._refit_rows()
             for first, last in wide_blocks(self.weight_RI.shape[1], self._width):
-                pull_RW, hessian_WW = self.factor.pulls(self.tile.error_RI, first, last)
+                pull_RW, hessian_WW = self.factor.gradients(
+                    self.tile.error_RI, first, last
+                )
                 for start in range(first, last, self._width):
                     end = min(start + self._width, last)
                     own, later = (
@@ -130,7 +132,7 @@ class Polish:
         for start, end in wide_blocks(self.weight_RI.shape[1], self._width):
             steps_RW = steps_RI[:, start:end]
             for part_RI, sum_R in ((self.tile.error_RI, gain_R), (steps_RI, energy_R)):
-                pull_RW, _ = self.factor.pulls(part_RI, start, end)
+                pull_RW, _ = self.factor.gradients(part_RI, start, end)
                 sum_R += (steps_RW * pull_RW).sum(1)
         self._move(0, gain_R, energy_R)
         for start, end in wide_blocks(self.weight_RI.shape[1], self._width):

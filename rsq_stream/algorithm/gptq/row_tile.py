@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsq_stream.algorithm.gptq.ldl import Factor, wide_blocks
 from rsq_stream.algorithm.gptq.loss import squared_norm, weighted_losses
-from rsq_stream.algorithm.gptq.refine import Polish, SweptTile
+from rsq_stream.algorithm.gptq.refine import Refinement, SweptTile
 from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.ops.column_layout import empty, laid_out, plus_product, product
 
@@ -65,7 +65,7 @@ def solve_tile(
     else:
         tile = sweep_tile(row_scales=None)
     if polished:
-        polish = Polish(
+        polish = Refinement(
             tile=tile,
             weight_RI=weight_RI,
             factor=factor,
@@ -117,12 +117,12 @@ def _sweep_tile(
         scale_R, zero_R = scale_RG[:, 0], zero_RG[:, 0] = row_scales
     for first, last in wide_blocks(inputs, block):
         # What all earlier blocks' errors leave to be made up for, for some at once.
-        owed_RW = product(error_RI[:, :first], factor.matrix_II[:first, first:last])
+        feedback_RW = product(error_RI[:, :first], factor.matrix_II[:first, first:last])
         for start in range(first, last, block):
             columns = slice(start, min(start + block, last))
             weight_RC = weight_RI[:, columns]
             owed_RC = plus_product(
-                owed_RW[:, start - first : columns.stop - first],
+                feedback_RW[:, start - first : columns.stop - first],
                 error_RI[:, first:start],
                 factor.matrix_II[first:start, columns],
             )
@@ -146,7 +146,7 @@ def _sweep_tile(
             code_RI[:, columns] = swept.code_RC
             error_RI[:, columns] = swept.error_RC
             if measured:
-                loss_R += swept.left_RC.square() @ factor.scale_I[columns]
+                loss_R += swept.residual_RC.square() @ factor.scale_I[columns]
     return SweptTile(
         code_RI=code_RI,
         error_RI=error_RI,

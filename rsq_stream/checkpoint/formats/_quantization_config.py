@@ -6,7 +6,7 @@ from typing import Any
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import Format
 from rsq_stream.config.schemes import (
-    HEAD_LINEAR,
+    LM_HEAD_LINEAR,
     Scheme,
 )
 from rsq_stream.errors import UnsupportedModelError
@@ -50,7 +50,7 @@ def schemes_of(
         schemes = stored.schemes(config["quantization_config"], architecture)
     except (AttributeError, KeyError, TypeError, ValueError):
         schemes = {}
-    if set(schemes) != {*architecture.model_linears(), HEAD_LINEAR}:
+    if set(schemes) != {*architecture.model_linears(), LM_HEAD_LINEAR}:
         raise _foreign(where, stored.config_name)
     return schemes
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import (
-    HEAD_LINEAR,
+    LM_HEAD_LINEAR,
     Scheme,
 )
 from rsq_stream.model.architecture import Architecture
@@ -21,7 +21,7 @@ _TARGET = re.compile(
 """What ``pattern_of`` gives; patterns of a file are compared, never run."""
 
 
-HEAD_PATTERN = f"re:.*{HEAD_LINEAR}$"
+HEAD_PATTERN = f"re:.*{LM_HEAD_LINEAR}$"
 
 
 def pattern_of(linear: str, blocks: Iterable[int] | None) -> str:
@@ -34,8 +34,8 @@ def pattern_of(linear: str, blocks: Iterable[int] | None) -> str:
 
 def names_of(target: str, architecture: Architecture) -> list[str]:
     """Return the full names that a target stands for; none if it is not one of ours."""
-    if target in (HEAD_LINEAR, HEAD_PATTERN):
-        return [HEAD_LINEAR]
+    if target in (LM_HEAD_LINEAR, HEAD_PATTERN):
+        return [LM_HEAD_LINEAR]
     every = target == "Linear"
     name, blocks = target, None
     if pattern := _TARGET.fullmatch(target):
@@ -63,12 +63,12 @@ def targets_by_scheme(
         for scheme, members in blocks.items():
             some = None if len(blocks) == 1 else members
             targets.setdefault(scheme, []).append(pattern_of(name, some))
-    head = plan.scheme(HEAD_LINEAR, architecture.width)
+    head = plan.scheme(LM_HEAD_LINEAR, architecture.width)
     if len(targets) == 1 and None not in targets and head is None:
         targets = {scheme: ["Linear"] for scheme in targets}
     ignored = targets.pop(None, [])
     if head is None:
-        ignored = [HEAD_LINEAR, *ignored]
+        ignored = [LM_HEAD_LINEAR, *ignored]
     else:
         targets.setdefault(head, []).append(HEAD_PATTERN)
     quantized = {key: value for key, value in targets.items() if key is not None}

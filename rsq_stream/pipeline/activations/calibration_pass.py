@@ -13,9 +13,9 @@ import torch
 
 from rsq_stream.errors import BudgetError, Interrupted
 from rsq_stream.events import Listener, Notice, StageStarted, UnitsDone
-from rsq_stream.pipeline.stage_profile import StageMeter
+from rsq_stream.pipeline.stage_profile import StageProfiler
 from rsq_stream.runtime.device_memory import give_back_device_memory
-from rsq_stream.runtime.host_memory import give_back_free_memory
+from rsq_stream.runtime.host_memory import trim_heap
 from rsq_stream.runtime.worker_pool import Pool
 from rsq_stream.storage.activation_cache import Slot
 
@@ -23,16 +23,16 @@ Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
-class Passes:
+class CalibrationPasses:
     """How passes are run: threads, units in flight, who listens, who may stop."""
 
     pool: Pool
     in_flight: int
     listener: Listener
     stop: threading.Event
-    meter: StageMeter = field(default_factory=StageMeter)
+    profiler: StageProfiler = field(default_factory=StageProfiler)
 
-    def over(
+    def run(
         self,
         slots: Sequence[Slot],
         block: int,
@@ -49,7 +49,7 @@ class Passes:
             The stop event was set; nothing that was finished is lost.
         """
         units = slots[0].shape.units
-        give_back_free_memory()
+        trim_heap()
         self.listener(StageStarted(block=block, stage=stage, units=units))
         readers = [slot.arriving(range(units), self.in_flight) for slot in slots]
         reads = zip(*readers, strict=True)
@@ -68,7 +68,7 @@ class Passes:
                 UnitsDone(block=block, stage=stage, units=len(run), tokens=tokens)
             )
 
-    def with_fewer(self, work: Callable[[], Result], where: str) -> Result:
+    def retry_with_fewer(self, work: Callable[[], Result], where: str) -> Result:
         """Do work whose passes may be too much for the GPU: again, with fewer units.
 
         Half as many each time, and from then on: what is done twice is the same.

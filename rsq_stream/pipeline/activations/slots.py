@@ -16,7 +16,7 @@ from rsq_stream.calibration.windows import Windows
 from rsq_stream.events import Listener, Notice
 from rsq_stream.pipeline.job import Job
 from rsq_stream.runtime.copy_stream import CopyStream, SideStream
-from rsq_stream.runtime.transfers import Inbound, Outbound, Transit
+from rsq_stream.runtime.transfers import ToDevice, ToHost, Transfers
 from rsq_stream.storage import atomic
 from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.activation_shape import slot_shape
@@ -34,7 +34,7 @@ class Slots:
     x_next: Slot
     resident: int
     """Units whose attention output stays in memory; others compute it again."""
-    mlp_units: int
+    cached_mlp_units: int
     """The same of the MLP's inner activation."""
 
 
@@ -56,20 +56,20 @@ class RunSlots:
         work_dir = work_dir or job.options.work_dir
         device = torch.device(job.options.device)
         self.shape = slot_shape(plan, job.architecture.width)
-        with atomic.explained(work_dir):
+        with atomic.error_context(work_dir):
             direct = has_direct_io(work_dir)
         if not direct:
             text = f"{work_dir}: no direct I/O here, so writes are buffered and fsynced"
             listener(Notice(text=text))
         self._resident = execution.resident_units
-        self._mlp_units = execution.mlp_units
+        self._mlp_units = execution.cached_mlp_units
         sizes = self.shape.unit_bytes, execution.in_flight
         self._transits = [
-            Transit(Inbound(come, *sizes), Outbound(go, *sizes))
+            Transfers(ToDevice(come, *sizes), ToHost(go, *sizes))
             for _ in range(plan.streams)
             if (come := copy_stream(device)) and (go := copy_stream(device))
         ]
-        ways: Sequence[Transit | None] = self._transits or [None] * plan.streams
+        ways: Sequence[Transfers | None] = self._transits or [None] * plan.streams
         self._streams = [
             [
                 Slot(
@@ -107,7 +107,7 @@ class RunSlots:
                 # To bring it from the host would take a GPU as long as to compute it,
                 # and would be waited for.
                 resident=0 if self._transits else self._resident,
-                mlp_units=self._mlp_units,
+                cached_mlp_units=self._mlp_units,
             )
             for turns in self._streams
         ]

@@ -15,10 +15,10 @@ from rsq_stream.algorithm.gptq.error_propagation import StageInput
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.model.block import Block
 from rsq_stream.model.families.base import Activation, Stage
-from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
 from rsq_stream.pipeline.activations.finite_check import FiniteWatch
 from rsq_stream.pipeline.activations.slots import Slots
-from rsq_stream.runtime.tensor_arena import Pages
+from rsq_stream.runtime.tensor_arena import TensorArena
 from rsq_stream.storage.activation_cache import Slot
 
 
@@ -29,19 +29,19 @@ class Stream:
     block: Block
     slots: Slots
     plan: QuantizationPlan
-    _attention: Pages = field(init=False)
+    _attention: TensorArena = field(init=False)
     """Attention outputs of resident units, between the second and third stage."""
-    _mlp: Pages = field(init=False)
+    _mlp: TensorArena = field(init=False)
     """u of some units, between the fourth stage and the block's outputs."""
 
     def __post_init__(self) -> None:
         shape = self.slots.x.shape
         tokens = shape.unit_sequences * shape.tokens
         size = tokens * self.block.attention_width * shape.dtype.itemsize
-        self._attention = Pages(self.slots.resident, size)
+        self._attention = TensorArena(self.slots.resident, size)
         compute: torch.dtype = getattr(torch, self.plan.compute_type)
         size = tokens * self.block.inner_width * compute.itemsize
-        self._mlp = Pages(self.slots.mlp_units, size)
+        self._mlp = TensorArena(self.slots.cached_mlp_units, size)
 
     def slot(self, stage: Stage) -> Slot:
         """Return the slot that a stage's pass reads."""
@@ -88,11 +88,11 @@ class Stream:
         """Give u, by the present gate and up."""
         m_BTD = self.block.mlp_input(self._computed(h_BTD))
         u_BTI = self.block.mlp_output(m_BTD)
-        if unit < self.slots.mlp_units:
+        if unit < self.slots.cached_mlp_units:
             self._mlp.put(unit, u_BTI)
         return StageInput(u_BTI, h_BTD)
 
-    def replay_h(self, passes: Passes, index: int) -> None:
+    def replay_h(self, passes: CalibrationPasses, index: int) -> None:
         """Write h once more, by the weights that the block holds."""
         self.slots.h.renew()
         self.each(passes, index, "h again", self._mlp_in)
@@ -100,7 +100,7 @@ class Stream:
 
     def each(
         self,
-        passes: Passes,
+        passes: CalibrationPasses,
         index: int,
         what: str,
         function: Callable[[int, Tensor], object],
@@ -111,10 +111,10 @@ class Stream:
         def one(unit: int, x_BTD: Tensor) -> None:
             function(unit, x_BTD.to(device))
 
-        for _ in passes.over([self.slots.x], index, what, one):
+        for _ in passes.run([self.slots.x], index, what, one):
             pass
 
-    def advance(self, passes: Passes, index: int) -> None:
+    def advance(self, passes: CalibrationPasses, index: int) -> None:
         """Write x', durably: the next block's input.
 
         u may be at hand from the fourth stage: down alone has changed since.
@@ -142,7 +142,7 @@ class Stream:
             tokens=shape.tokens,
             device=device,
         )
-        for run in passes.over([slots.h], index, "outputs", one):
+        for run in passes.run([slots.h], index, "outputs", one):
             for unit, x_BTD in run:
                 watch.see(x_BTD, unit * shape.unit_sequences)
                 slots.x_next.write(unit, x_BTD, durable=True)

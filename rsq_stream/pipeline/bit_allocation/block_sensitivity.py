@@ -24,7 +24,7 @@ from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import NumericalError
 from rsq_stream.model.families.base import Group, Stage
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.pipeline.activations.calibration_pass import Passes
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.pipeline.run import Run
@@ -41,7 +41,7 @@ Costs = dict[str, dict[int, float]]
 
 
 @dataclass(kw_only=True)
-class BlockMeter:
+class BlockSensitivity:
     """One block in full precision, about to be measured."""
 
     run: Run
@@ -59,7 +59,7 @@ class BlockMeter:
         return self.run.job.plan
 
     @property
-    def _passes(self) -> Passes:
+    def _passes(self) -> CalibrationPasses:
         return self.run.passes
 
     @cached_property
@@ -83,7 +83,7 @@ class BlockMeter:
                 self._measure_group(stage, group, gathered[group].hessian)
         shares = self._shares()
         advance = partial(self.stream.advance, self._passes, self.index)
-        self._passes.with_fewer(advance, f"block {self.index}, outputs")
+        self._passes.retry_with_fewer(advance, f"block {self.index}, outputs")
         return {
             linear: {
                 bits: shares[linear] * loss / self._probes[linear][1]
@@ -138,7 +138,7 @@ class BlockMeter:
     def _shares(self) -> dict[str, float]:
         """Give by how much of its energy the output moves for each rounded linear."""
         block, pool = self.stream.block, self._passes.pool
-        tokens = self._plan.unit_sequences * self._plan.sequence_length
+        tokens = self._plan.unit_tokens
         units = min(self._plan.units, -(-PROBE_TOKENS // tokens))
         compute = getattr(torch, self._plan.compute_type)
         inputs = [

@@ -8,7 +8,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
-from rsq_stream.algorithm.knapsack import Unit, allocate
+from rsq_stream.algorithm.knapsack import Item, allocate
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.config.quantization_plan import QuantizationPlan
@@ -41,7 +41,7 @@ class _Group:
 
     linears: tuple[str, ...]
     """Full names."""
-    unit: Unit
+    unit: Item
 
 
 def require_reachable(
@@ -197,4 +197,4 @@ class _Sizes:
                     sums[option] += self.costs[name][bits]
         if not names:
             return None
-        return _Group(tuple(names), Unit(tuple(sizes), tuple(sums)))
+        return _Group(tuple(names), Item(tuple(sizes), tuple(sums)))

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from rsq_stream.checkpoint.hub_shards import OUTSIDE, bytes_to_fetch
+from rsq_stream.checkpoint.hub_shards import NO_BLOCK, bytes_to_fetch
 from rsq_stream.config.activations import NOTHING
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import DamagedError, Interrupted, PlanMismatchError, ScratchError
@@ -22,12 +22,12 @@ from rsq_stream.model.block import Block
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.folder_checks import require_apart
 from rsq_stream.pipeline import disk_space
-from rsq_stream.pipeline.activations.calibration_pass import Passes, stopper
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses, stopper
 from rsq_stream.pipeline.activations.slots import embed
 from rsq_stream.pipeline.activations.stream import Stream
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import (
     PROBE_BITS,
-    BlockMeter,
+    BlockSensitivity,
     Costs,
 )
 from rsq_stream.pipeline.block_setup import place_weights
@@ -35,10 +35,10 @@ from rsq_stream.pipeline.job import Job
 from rsq_stream.pipeline.run import Calibration, Run, base_run
 from rsq_stream.runtime.worker_pool import single_threaded_products
 from rsq_stream.storage.journal import Journal, Progress
-from rsq_stream.storage.work_folder import MEASURED, RunFolder
+from rsq_stream.storage.work_folder import MEASURED, WorkFolder
 
 
-def measuring_plan(plan: QuantizationPlan) -> QuantizationPlan:
+def sensitivity_plan(plan: QuantizationPlan) -> QuantizationPlan:
     """Give what the measured costs depend on: all but the bits and the solver's extras.
 
     Every linear is measured, also those that have their bits already.
@@ -61,7 +61,7 @@ def measure(
 ) -> Costs:
     """Measure all linears of a model, by full name; at once where that was done before.
 
-    The job's plan is that of ``measuring_plan``, its execution one that ``measures``.
+    The job's plan is that of ``sensitivity_plan``, its execution one that ``measures``.
 
     Raises
     ------
@@ -78,11 +78,11 @@ def measure(
     job = dataclasses.replace(job, options=here)
     to_fetch = partial(bytes_to_fetch, job.checkpoint, options)
     with (
-        disk_space.said_when_full(needs, here, to_fetch),
-        RunFolder(here.work_dir) as folder,
+        disk_space.explaining_full_disk(needs, here, to_fetch),
+        WorkFolder(here.work_dir) as folder,
         single_threaded_products(options.workers, stopper(stop)) as pool,
     ):
-        passes = Passes(
+        passes = CalibrationPasses(
             pool=pool,
             in_flight=job.execution.in_flight,
             listener=listener,
@@ -90,7 +90,7 @@ def measure(
         )
         if options.restart:
             folder.clear()
-        if missing := disk_space.shortage(needs, here, to_fetch()):
+        if missing := disk_space.missing_space(needs, here, to_fetch()):
             raise ScratchError(missing)
         while True:
             try:
@@ -123,7 +123,9 @@ class MeasuringRun(Run):
     calibration: Calibration
 
     @classmethod
-    def of(cls, job: Job, journal: Journal, passes: Passes) -> "MeasuringRun":
+    def of(
+        cls, job: Job, journal: Journal, passes: CalibrationPasses
+    ) -> "MeasuringRun":
         """Make the parts of a run, and go on where the journal says."""
         run = base_run(job, journal, passes)
         parts = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
@@ -142,18 +144,18 @@ class MeasuringRun(Run):
         slots = self.calibration.slots
         if self.journal.last_block() is None:
             assert windows is not None
-            self.hub_shards.move_to(OUTSIDE)
+            self.hub_shards.advance_to(NO_BLOCK)
             for _ in self.passes.checked(self.source.embedding()):
                 pass  # all of it is sound, and hashed
             rows = self.source.embedding_rows
             embed(slots.inputs_of(0), windows, rows, self.passes.check)
-            self._commit(OUTSIDE, 0.0, {})
+            self._commit(NO_BLOCK, 0.0, {})
         else:
             for slot in slots.inputs_of(first):
                 slot.checksums = self.journal.chunks(slot.folder.name)
         for index in range(first, blocks):
             self.passes.check()
-            self.hub_shards.move_to(index)
+            self.hub_shards.advance_to(index)
             began = time.monotonic()
             costs = self._block(index)
             seconds = time.monotonic() - began
@@ -161,7 +163,7 @@ class MeasuringRun(Run):
             self.passes.listener(
                 BlockFinished(block=index, seconds=seconds, records=())
             )
-        self.hub_shards.move_to(blocks)
+        self.hub_shards.advance_to(blocks)
         self.identity.complete()
         return {
             name: {int(bits): cost for bits, cost in row.items()}
@@ -174,7 +176,7 @@ class MeasuringRun(Run):
             self.source.block(index),
             job.architecture.linears(index),
             getattr(torch, job.plan.compute_type),
-            offloads=job.execution.streams_weights,
+            offloads=job.execution.offloads_weights,
         )
         (slots,) = shared.slots.of_block(index)
         block = Block(
@@ -186,7 +188,7 @@ class MeasuringRun(Run):
             online=shared.online,
         )
         stream = Stream(block=block, slots=slots, plan=job.plan)
-        return BlockMeter(
+        return BlockSensitivity(
             run=self,
             index=index,
             stream=stream,
@@ -202,10 +204,10 @@ class MeasuringRun(Run):
                 prefix + linear: {str(bits): cost for bits, cost in row.items()}
                 for linear, row in costs.items()
             },
-            source=self.source.news(),
+            source=self.source.unjournalled(),
         )
         self.journal.finish_block(index, progress, seconds=seconds)
-        if index != OUTSIDE:
+        if index != NO_BLOCK:
             slots.release_inputs_of(index)
 
     def close(self) -> None:

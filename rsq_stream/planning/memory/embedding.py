@@ -4,7 +4,7 @@ from math import prod
 
 from rsq_stream.checkpoint.source import chunk_rows
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import HEAD_LINEAR
+from rsq_stream.config.schemes import LM_HEAD_LINEAR
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.tensor_names import EMBEDDING
 
@@ -21,7 +21,7 @@ _ROTATION_COPIES = 4
 def outer_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
     """Count a chunk of embedding or head on its way to the output."""
     vocabulary, width = architecture.outer_shapes()[EMBEDDING]
-    kept = plan.scheme(HEAD_LINEAR, width) is None
+    kept = plan.scheme(LM_HEAD_LINEAR, width) is None
     copies = _CHUNK_COPIES if kept else _ROUNDED_CHUNK_COPIES
     return copies * FP32 * min(vocabulary, chunk_rows(width)) * width
 

@@ -12,7 +12,7 @@ import torch
 from rsq_stream.config.execution_plan import StageMemory
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.errors import BudgetError
-from rsq_stream.planning.memory.stages import MemoryPlan
+from rsq_stream.planning.memory.stages import StageMemoryModel
 from rsq_stream.runtime.device_memory import free_bytes
 from rsq_stream.runtime.host_memory import available_bytes
 
@@ -29,7 +29,7 @@ FREE_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class MemoryLimits:
     """What this process may still take, and whether an option said so."""
 
     host_bytes: int
@@ -40,7 +40,7 @@ class Room:
     """Host memory that it has taken already."""
 
 
-def room_for(options: RunOptions, used_bytes: int | None = None) -> Room:
+def memory_limits(options: RunOptions, used_bytes: int | None = None) -> MemoryLimits:
     """Ask the machine for what ``--ram`` and ``--vram`` leave open.
 
     ``used_bytes`` are from an earlier time, where what came since is part of the plan.
@@ -51,7 +51,7 @@ def room_for(options: RunOptions, used_bytes: int | None = None) -> Room:
         host = used + int(available_bytes() * FREE_SHARE)
     if device is None:
         device = free_bytes(torch.device(options.device)) if options.on_gpu else 0
-    return Room(
+    return MemoryLimits(
         host_bytes=host - used,
         host_stated=options.ram_bytes is not None,
         device_bytes=device,
@@ -60,7 +60,9 @@ def room_for(options: RunOptions, used_bytes: int | None = None) -> Room:
     )
 
 
-def fitted(memory: MemoryPlan, room: Room, *, may_keep: bool = True) -> MemoryPlan:
+def fitted(
+    memory: StageMemoryModel, room: MemoryLimits, *, may_keep: bool = True
+) -> StageMemoryModel:
     """Give the plan with as many units in flight as fit, at most its own.
 
     Fewer units cost a GPU little; weights that are fetched for each use cost it more,
@@ -75,7 +77,7 @@ def fitted(memory: MemoryPlan, room: Room, *, may_keep: bool = True) -> MemoryPl
     refusal = ""
     for streams in (False, True) if memory.on_gpu else (False,):
         for in_flight in range(memory.in_flight, 0, -1):
-            tried = replace(memory, in_flight=in_flight, streams_weights=streams)
+            tried = replace(memory, in_flight=in_flight, offloads_weights=streams)
             device, host = _device_shortage(tried, room), _host_shortage(tried, room)
             if host and not device and memory.on_gpu and may_keep and not streams:
                 kept = keeping_weights(tried, room)
@@ -89,27 +91,27 @@ def fitted(memory: MemoryPlan, room: Room, *, may_keep: bool = True) -> MemoryPl
     raise BudgetError(refusal)
 
 
-def keeping_weights(memory: MemoryPlan, room: Room) -> MemoryPlan:
+def keeping_weights(memory: StageMemoryModel, room: MemoryLimits) -> StageMemoryModel:
     """Have the solver's weights stay on the GPU, where it has room for them.
 
     To host memory and back they take as long as some passes.
     """
-    tried = replace(memory, keeps_weights=True)
+    tried = replace(memory, keeps_solver_weights_on_gpu=True)
     return memory if _device_shortage(tried, room) else tried
 
 
-def reading_ahead(memory: MemoryPlan, room: Room) -> MemoryPlan:
+def reading_ahead(memory: StageMemoryModel, room: MemoryLimits) -> StageMemoryModel:
     """Have the next block read while one computes, where the host has room for it.
 
     It comes before units that stay in memory: these are read beside the compute, while
     a block would be waited for.
     """
-    tried = replace(memory, reads_ahead=True)
+    tried = replace(memory, prefetches_blocks=True)
     need = max(made.host_bytes for made in tried.stages()) + HOST_OVERHEAD_BYTES
     return tried if need <= room.host_bytes else memory
 
 
-def _device_shortage(memory: MemoryPlan, room: Room) -> str:
+def _device_shortage(memory: StageMemoryModel, room: MemoryLimits) -> str:
     """Say how much GPU memory would do; nothing where it fits."""
     tightest = max(memory.stages(), key=lambda made: made.device_bytes)
     need = tightest.device_bytes + DEVICE_OVERHEAD_BYTES
@@ -120,7 +122,7 @@ def _device_shortage(memory: MemoryPlan, room: Room) -> str:
     return _refusal(what, need, tightest)
 
 
-def _host_shortage(memory: MemoryPlan, room: Room) -> str:
+def _host_shortage(memory: StageMemoryModel, room: MemoryLimits) -> str:
     """Say how much host memory would do.
 
     Without ``--ram`` one unit at a time is left to the host, which may have swap.

@@ -25,7 +25,7 @@ def unit_bytes(
     through = forward_bytes(architecture, plan, stage, size, on_gpu=on_gpu)
     if plan.streams == 1:
         return through
-    tokens = plan.unit_sequences * plan.sequence_length
+    tokens = plan.unit_tokens
     group = stage.groups[0]
     outputs, inputs = architecture.shape(group.linears[0])
     held, difference = size * tokens * inputs, FP32 * tokens * inputs
@@ -54,7 +54,7 @@ def forward_bytes(
     that writes the block's outputs. ``size`` is the bytes of a value in the type that
     is computed in.
     """
-    tokens = plan.unit_sequences * plan.sequence_length
+    tokens = plan.unit_tokens
     wide = size * tokens * architecture.width
     heads = size * tokens * architecture.heads * architecture.head_width
     keys = size * tokens * architecture.kv_heads * architecture.head_width
@@ -110,7 +110,7 @@ def _weighing(
         sums = _column_sums(architecture, plan, attention, on_gpu=on_gpu)
         if len(strategy.needs) == 1:  # the sums are the scores
             return sums
-    tokens = plan.unit_sequences * plan.sequence_length
+    tokens = plan.unit_tokens
     # Copies of the input in fp32, beside the whole block because some run it.
     scores = 4 * FP32 * tokens * architecture.width + max(attention, inner)
     return max(sums, scores)
@@ -120,7 +120,7 @@ def _column_sums(
     architecture: Architecture, plan: QuantizationPlan, attention: int, *, on_gpu: bool
 ) -> int:
     """Return the bytes of the attention that each token receives, and of its making."""
-    tokens = plan.unit_sequences * plan.sequence_length
+    tokens = plan.unit_tokens
     heads = FP32 * tokens * architecture.heads * architecture.head_width
     keys = FP32 * tokens * architecture.kv_heads * architecture.head_width
     if on_gpu:  # q and k once more, in fp32

@@ -46,13 +46,13 @@ def _filled_slots(job: Job, phase: str) -> int:
 def _kept_mlp_bytes(job: Job, phase: str) -> int:
     execution, plan = job.execution, job.plan
     inner = _input_of(job, phase) is Activation.MLP_INNER
-    if not execution.mlp_units or not (inner or phase.startswith("outputs")):
+    if not execution.cached_mlp_units or not (inner or phase.startswith("outputs")):
         return 0
-    kept = execution.mlp_units
+    kept = execution.cached_mlp_units
     if inner and phase.endswith(": pass") and plan.streams == 1:
         # Tightest is when the last units are on their way, and theirs is yet to come.
         kept = min(kept, plan.units - min(job.options.workers, execution.in_flight))
-    return execution.mlp_bytes * kept // execution.mlp_units
+    return execution.mlp_bytes * kept // execution.cached_mlp_units
 
 
 def tightest_on_host(job: Job) -> tuple[str, int]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from rsq_stream.config.execution_plan import StageMemory
 from rsq_stream.model.families.base import Group, Linear, Stage
 from rsq_stream.pipeline.bit_allocation.block_sensitivity import PROBE_TOKENS
-from rsq_stream.planning.memory.stages import FP32, ROUNDING_BYTES, MemoryPlan
+from rsq_stream.planning.memory.stages import FP32, ROUNDING_BYTES, StageMemoryModel
 
 
 @dataclass(frozen=True)
-class MeasuringMemory(MemoryPlan):
-    """A measuring plan on a device, as a ``MemoryPlan``."""
+class SensitivityMemoryModel(StageMemoryModel):
+    """A measuring plan on a device, as a ``StageMemoryModel``."""
 
     def block_stages(self) -> list[StageMemory]:
         """Return what each stage of one block takes, in their order."""
@@ -49,7 +49,7 @@ class MeasuringMemory(MemoryPlan):
 
     def _probing(self, rounded: list[Linear]) -> StageMemory:
         """Count inputs and outputs of some units, and a rounded linear in use."""
-        tokens = self._unit_tokens
+        tokens = self.plan.unit_tokens
         units = min(self.plan.units, -(-PROBE_TOKENS // tokens))
         held = self._compute_size * tokens * self.architecture.width
         # Outputs before and after in fp32, and squares of them.

@@ -36,7 +36,7 @@ ROUNDING_BYTES = 2 * FP32 + 3 * 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
+class StageMemoryModel:
     """A plan on a device, with so many units in flight: what each stage takes."""
 
     architecture: Architecture
@@ -45,11 +45,11 @@ class MemoryPlan:
     in_flight: int
     workers: int
     on_gpu: bool
-    streams_weights: bool = False
+    offloads_weights: bool = False
     """On a GPU, a block's linears lie in host memory, and are fetched for each use."""
-    keeps_weights: bool = False
+    keeps_solver_weights_on_gpu: bool = False
     """On a GPU, the solver's fp32 weights stay there, not in host memory."""
-    reads_ahead: bool = False
+    prefetches_blocks: bool = False
     """On a GPU, the next block is read into host memory while this one computes."""
     block: int = 0
     """The block that is counted; ``stages`` counts one of each kind."""
@@ -88,7 +88,7 @@ class MemoryPlan:
         if self.on_gpu:
             if self.plan.needs_calibration:  # they are there all the time
                 host += pinned_total(*self._flight)
-            if self.reads_ahead and name not in (_OUTSIDE, _READING):
+            if self.prefetches_blocks and name not in (_OUTSIDE, _READING):
                 host += self._stored
             return StageMemory(name, device, host)
         return StageMemory(name, 0, device + host)
@@ -109,13 +109,13 @@ class MemoryPlan:
         """Count for rounding alone the block in fp32, and what a linear takes."""
         largest = largest_linear(self.architecture)
         block = FP32 * self._block_entries
-        if self.streams_weights:
+        if self.offloads_weights:
             return self._made("round", (FP32 + ROUNDING_BYTES) * largest, block)
         return self._made("round", block + ROUNDING_BYTES * largest, 0)
 
     def _pass(self, stage: Stage, solved: list[Linear]) -> StageMemory:
         """Count the stage's statistics, and units on their way through the block."""
-        plan, tokens, group = self.plan, self._unit_tokens, stage.groups[0]
+        plan, tokens, group = self.plan, self.plan.unit_tokens, stage.groups[0]
         inputs = self._inputs(group)
         held = self._compute_size * tokens * inputs
         errors = FP32 * tokens * self._error_rows(group) if plan.streams > 1 else 0
@@ -156,7 +156,11 @@ class MemoryPlan:
         """Count the factor, and what the linear takes (``memory/solver.py``)."""
         shape = self.architecture.shape(linear)
         taken = solving_bytes(
-            self.plan, shape, self._compute_size, self.workers, kept=self.keeps_weights
+            self.plan,
+            shape,
+            self._compute_size,
+            self.workers,
+            kept=self.keeps_solver_weights_on_gpu,
         )
         device = self._weights(solved, used=False) + self._statistics(group) + taken
         device += self._aside(shape[1])
@@ -177,7 +181,7 @@ class MemoryPlan:
 
     def _outputs(self, solved: list[Linear]) -> StageMemory:
         """Count the pass that writes the next block's inputs."""
-        tokens = self._unit_tokens
+        tokens = self.plan.unit_tokens
         held = self._compute_size * tokens * self.architecture.width
         concurrent = min(self.workers, self.in_flight)
         device = self._weights(solved) + (self.in_flight - concurrent) * held
@@ -207,10 +211,10 @@ class MemoryPlan:
         Where they are fetched, one linear at a time, and none unless they are used.
         """
         size = self._compute_size
-        if self.streams_weights:
+        if self.offloads_weights:
             return size * max(map(self._entries, self._linears)) * used
         twice = solved if self.plan.streams > 1 else []
-        kept = self._unsolved(solved) if self.keeps_weights else 0
+        kept = self._unsolved(solved) if self.keeps_solver_weights_on_gpu else 0
         return size * (self._block_entries + sum(map(self._entries, twice))) + kept
 
     def _solver_weights(self, solved: list[Linear]) -> int:
@@ -220,8 +224,8 @@ class MemoryPlan:
         """
         if not self.on_gpu:
             return 0
-        host = 0 if self.keeps_weights else self._unsolved(solved)
-        if self.streams_weights:
+        host = 0 if self.keeps_solver_weights_on_gpu else self._unsolved(solved)
+        if self.offloads_weights:
             twice = solved if self.plan.streams > 1 else []
             entries = sum(map(self._entries, (*self._linears, *twice)))
             host += self._compute_size * entries
@@ -248,7 +252,7 @@ class MemoryPlan:
         return size * plan.sequences * plan.sequence_length
 
     def _statistics(self, group: Group) -> int:
-        """Count H, and with two streams the drift."""
+        """Count H, and with two streams the cross term."""
         inputs = self._inputs(group)
         rows = inputs
         if self.plan.streams > 1:
@@ -256,7 +260,7 @@ class MemoryPlan:
         return FP32 * rows * inputs
 
     def _error_rows(self, group: Group) -> int:
-        """Return the rows of the drift: G's of a linear alone, else those of C - H."""
+        """Return the rows of the cross term: G's of a linear alone, else of C - H."""
         alone = group.alone
         return self.architecture.size(alone.outputs) if alone else self._inputs(group)
 
@@ -286,12 +290,8 @@ class MemoryPlan:
     def _flight(self) -> tuple[int, int, int]:
         """Bytes of a unit, units in flight, streams."""
         size = _itemsize(self.plan.cache_type)
-        unit = size * self._unit_tokens * self.architecture.width
+        unit = size * self.plan.unit_tokens * self.architecture.width
         return unit, self.in_flight, self.plan.streams
-
-    @property
-    def _unit_tokens(self) -> int:
-        return self.plan.unit_sequences * self.plan.sequence_length
 
 
 def _itemsize(name: str) -> int:
