@@ -47,7 +47,7 @@ QUICK = Sizes(rows=512, inputs=1792, tokens=512, heads=4)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Give the least of some rounds; on a GPU a call's share of many in a row.
+    """Return the least of some rounds; on a GPU a call's share of many in a row.
 
     One call alone would be timed with its launch, which takes as long as some kernels.
     """

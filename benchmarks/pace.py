@@ -32,7 +32,7 @@ _WORTH_A_LINE = 0.01
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """Give bytes a second that a file is read and durably written with, raw."""
+    """Return bytes a second that a file is read and durably written with, raw."""
     direct, path = has_direct_io(folder), folder / "raw"
     content = aligned_empty(_RAW_BYTES)
     content.fill(1)
@@ -63,14 +63,14 @@ class Pace:
 
     @property
     def floor_s(self) -> float:
-        """Give the longer of compute and disk."""
+        """Return the longer of compute and disk."""
         return max(self.compute_s, self.disk_s)
 
 
 def pace_of(
     made: dict[str, Any], config: dict[str, Any], read: float, written: float
 ) -> Pace:
-    """Give a run's pace; the disk reads and writes so many bytes a second.
+    """Return a run's pace; the disk reads and writes so many bytes a second.
 
     A block's passes read five slots of each stream and write two, durably.
     """

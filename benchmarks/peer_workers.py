@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def loop_perplexity(model: Any, window_BT: Any) -> float:
-    """Give exp of the mean fp32 loss of tokens 2 .. T of each window."""
+    """Return exp of the mean fp32 loss of tokens 2 .. T of each window."""
     import torch
 
     loss = 0.0

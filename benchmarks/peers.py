@@ -94,7 +94,7 @@ def run(command: Sequence[object], folder: Path | None = None) -> tuple[str, flo
 
 
 def environment(peer: str, folder: Path) -> Path:
-    """Give a peer's python; its environment is made unless it stands."""
+    """Return a peer's python; its environment is made unless it stands."""
     place = folder.resolve() / peer
     python, stamp = place / "bin" / "python", place / "installed.txt"
     wanted = f"{TORCH} {PINS[peer]}"
@@ -210,7 +210,7 @@ def parse() -> argparse.Namespace:
 
 
 def line(row: tuple[str, str, Job], bits: int, options: Any, scratch: Path) -> str:
-    """Give a row's line of the table, or what went wrong."""
+    """Return a row's line of the table, or what went wrong."""
     label, peer, settings = row
     runs: list[Job] = []
     try:

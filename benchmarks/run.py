@@ -37,7 +37,7 @@ ROUNDS = 3
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Give the seconds of one call, the device's work included."""
+    """Return the seconds of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -48,7 +48,7 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def least(function: Callable[[], object], device: torch.device) -> float:
-    """Give the seconds of the quickest of some calls: the others met with something."""
+    """Return the seconds of the quickest of some calls: others were disturbed."""
     return min(timed(function, device) for _ in range(ROUNDS))
 
 

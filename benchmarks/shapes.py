@@ -75,7 +75,7 @@ class Watch:
 
 
 def allocated(folder: Path) -> int:
-    """Give what the files of a folder occupy."""
+    """Return what the files of a folder occupy."""
     taken = 0
     with contextlib.suppress(FileNotFoundError):  # it goes away at the end
         for path in folder.rglob("*"):
@@ -107,7 +107,7 @@ def call(
 def figures(
     planned: dict[str, Any], made: dict[str, Any], watch: Watch
 ) -> dict[str, tuple[float, float]]:
-    """Give what was planned and measured, of the run as a whole."""
+    """Return what was planned and measured, of the run as a whole."""
     execution, stages = made["execution"], made["stages"].values()
     found = {
         "host memory": (

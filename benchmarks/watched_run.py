@@ -86,7 +86,7 @@ def follow_stages(watch: Watch) -> list[tuple[str, int, int]]:
 
 
 def follow_blocks() -> list[float]:
-    """Give a list that gets the seconds of each block, what lies between stages too."""
+    """Return a list that gets the seconds of each block, between stages too."""
     known, found = Journal.finish_block, []
 
     def finish_block(self: Journal, index: int, seconds: float, *rest: Any) -> None:
@@ -99,7 +99,7 @@ def follow_blocks() -> list[float]:
 
 
 def union_s(spans_ns: Iterable[tuple[int, int]]) -> float:
-    """Give the seconds that spans of (start, length) cover, overlaps once."""
+    """Return the seconds that spans of (start, length) cover, overlaps once."""
     covered, end = 0, 0
     for start, length in sorted(spans_ns):
         covered += max(0, start + length - max(start, end))

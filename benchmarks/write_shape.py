@@ -84,7 +84,7 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
 
 
 def parts_of(size: tuple[int, ...]) -> Iterator[tuple[int, float, float]]:
-    """Give number, deviation and mean of the values of a tensor, by parts."""
+    """Return number, deviation and mean of the values of a tensor, by parts."""
     values = prod(size)
     of = (0.0, 1.0) if len(size) == 1 else (size[-1] ** -0.5, 0.0)
     for start in range(0, values, _PART):

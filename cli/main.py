@@ -112,7 +112,7 @@ _CONTROL = (typer.Exit, typer.Abort, BrokenPipeError)
 
 
 def explained(error: BaseException) -> tuple[str, int]:
-    """Give the one line and the exit code of an error."""
+    """Return the one line and the exit code of an error."""
     text = " ".join(str(error).splitlines())
     if isinstance(error, Interrupted):
         return text, INTERRUPTED

@@ -89,7 +89,7 @@ NOT_COMPARED = {"seconds", "predicted_seconds", "stages", "used_bytes"}
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Give each run's family and settings by its name."""
+    """Return each run's family and settings by its name."""
     named = {
         f"{family}/{name}": (family, settings)
         for family in FAMILIES
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def memory() -> str | None:
-    """Give a folder in memory, where there is one: a sync costs nothing there."""
+    """Return a folder in memory, where there is one: a sync costs nothing there."""
     roomy = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 1 << 32
     return "/dev/shm" if roomy else None
 
@@ -159,7 +159,7 @@ def work(only: str, part: str, *trees: Path) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Give the sha256 of every file below a folder, by its path there."""
+    """Return the sha256 of every file below a folder, by its path there."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))

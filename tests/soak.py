@@ -70,7 +70,7 @@ def wait(child: int, until: float | None) -> int | None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Give the sha256 of every file of a folder."""
+    """Return the sha256 of every file of a folder."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())

@@ -84,7 +84,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 
 def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[DemoRow]:
-    """Give the source's line, then one per number of bits and method."""
+    """Return the source's line, then one per number of bits and method."""
     from rsq_stream.checkpoint.opening import open_checkpoint
     from rsq_stream.demo import CALIBRATION, MODEL
     from rsq_stream.pipeline.quantize import quantize
@@ -131,7 +131,7 @@ def _measured(folder: Path, all_bits: list[int], samples: int) -> Iterator[DemoR
 
 
 def _tried(folder: Path) -> tuple[float, str]:
-    """Give a model's perplexity on the held-out text, and what it says."""
+    """Return a model's perplexity on the held-out text, and what it says."""
     from rsq_stream.calibration.text import read_text
     from rsq_stream.checkpoint.opening import open_checkpoint, tokenizer_of
     from rsq_stream.demo import HELD_OUT

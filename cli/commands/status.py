@@ -93,7 +93,7 @@ def read_status(work_dir: Path) -> dict[str, Any]:
 
 
 def running_process(work_dir: Path) -> int | None:
-    """Give the process that works in the folder, None where none does.
+    """Return the process that works in the folder, None where none does.
 
     The lock file names it; a number that was given to another process since then
     belongs to one younger than the file.

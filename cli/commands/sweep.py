@@ -110,7 +110,7 @@ def _checked(
 
 
 def _runs(made: _Sweep, *, keep: bool) -> list[SweepRun]:
-    """Give every run with its key, for which the model's files are hashed once."""
+    """Return every run with its key, for which the model's files are hashed once."""
     models: dict[str | None, str] = {}
     for plan in made.planned:
         revision = plan.row.job.revision
@@ -132,7 +132,7 @@ def _require_texts(made: _Sweep, runs: Sequence[SweepRun]) -> None:
 
 
 def _missing(folder: SweepFolder, runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """Give the runs without a result; rows that say the same share one."""
+    """Return the runs without a result; rows that say the same share one."""
     by_key = {run.key: run for run in reversed(runs)}
     return [
         run for run in runs if by_key[run.key] is run and folder.result(run.key) is None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def as_choice(choice: "Choice") -> dict[str, Any]:
-    """Give what was chosen, and what is expected of it, as JSON takes it."""
+    """Return what was chosen, and what is expected of it, as JSON takes it."""
     return {
         "bits_per_weight": choice.bits_per_weight,
         "cost": choice.cost,

@@ -18,7 +18,7 @@ _NAMED = 4
 def far_above_peers(
     records: Sequence[LinearRecord], factor: float = FAR_ABOVE
 ) -> list[tuple[LinearRecord, float]]:
-    """Give the linears that lost far more than their kind did, with the median.
+    """Return the linears that lost far more than their kind did, with the median.
 
     A kind is the last part of the name: all q_proj of all blocks are peers.
     Errors of 0.01, 0.01 and 0.06 in three q_proj give the third one.
@@ -35,7 +35,7 @@ def far_above_peers(
 
 
 def warnings_of(records: Sequence[LinearRecord]) -> list[str]:
-    """Give one line that names the linears that stand out, the farthest first."""
+    """Return one line that names the linears that stand out, the farthest first."""
     found = far_above_peers(records)
     if not found:
         return []
@@ -55,7 +55,7 @@ def warnings_of(records: Sequence[LinearRecord]) -> list[str]:
 
 
 def notices_of(plan: QuantizationPlan, records: Sequence[LinearRecord]) -> list[str]:
-    """Give the lines that a user of the output should know."""
+    """Return the lines that a user of the output should know."""
     lines = []
     kept = sum(made.kept_rounding for made in records)
     damped = sum(made.damping_attempts > 1 for made in records)

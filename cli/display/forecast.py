@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def forecast_rows(found: "Prediction | None") -> dict[str, str]:
-    """Say in one line how long a run will take."""
+    """Describe in one line how long a run will take."""
     if found is None:
         return {"time": "not predicted: the card is not here"}
     return {"time": f"about {duration(found.seconds)}, by what this machine does now"}

@@ -30,7 +30,7 @@ def show(made: "Job", *, as_json: bool) -> None:
 
 
 def as_object(made: "Job") -> dict[str, Any]:
-    """Give both halves of the plan as JSON takes them, and what is expected of it."""
+    """Return both halves of the plan as JSON takes them, and what is expected of it."""
     from rsq_stream.planning.time_estimate import forecast
 
     expected = forecast(made)
@@ -45,7 +45,7 @@ def as_object(made: "Job") -> dict[str, Any]:
 
 
 def rows(made: "Job") -> dict[str, str]:
-    """Give the table: what is made, with what, in which room."""
+    """Return the table: what is made, with what, in which room."""
     from rsq_stream.planning.memory.resident_units import tightest_on_host
 
     plan, execution, options = made.plan, made.execution, made.options

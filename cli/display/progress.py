@@ -171,7 +171,7 @@ class LiveLine:
 
 @contextmanager
 def shown(*, silent: bool) -> Iterator[Listener]:
-    """Give a listener that renders on stderr, or one that does nothing."""
+    """Return a listener that renders on stderr, or one that does nothing."""
     if silent:
         yield ignore
     elif sys.stderr.isatty():

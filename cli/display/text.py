@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def linear_kind(name: str) -> str:
-    """Give what a linear is: ``q_proj`` of ``model.layers.3.self_attn.q_proj``."""
+    """Return what a linear is: ``q_proj`` of ``model.layers.3.self_attn.q_proj``."""
     return name.rpartition(".")[2]
 
 

@@ -52,7 +52,7 @@ def compiled(architecture: str) -> str:
 
 
 def on_device(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Give each kernel's name and its check, which returns its time."""
+    """Return each kernel's name and its check, which returns its time."""
     for check in kernel_checks(device):
         yield check.name, lambda check=check: _checked(check, device)  # type: ignore[misc]
 
@@ -84,7 +84,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def kernel_checks(device: str) -> list[KernelCheck]:
-    """Give a check for each kernel; on the CPU its compiled twin stands in."""
+    """Return a check for each kernel; on the CPU its compiled twin stands in."""
     import torch
 
     torch.manual_seed(0)

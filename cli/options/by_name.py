@@ -43,7 +43,7 @@ class JobOption:
         return f"{one} or a list of them" if self.many else one
 
     def taken(self, value: object) -> Any:
-        """Give the value as the field of ``QuantizeOptions`` has it.
+        """Return the value as the field of ``QuantizeOptions`` has it.
 
         Raises
         ------
@@ -58,7 +58,7 @@ class JobOption:
 
 
 def as_kind(kind: type, value: object) -> Any:
-    """Give a value read from a file as one of a kind; ``2`` will do for a float.
+    """Return a value read from a file as one of a kind; ``2`` will do for a float.
 
     Raises
     ------

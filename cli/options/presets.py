@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def with_preset(
     given: Mapping[str, Any], is_given: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """Give the options with those of the preset where the command line names none.
+    """Return the options with those of the preset where the command line names none.
 
     Raises
     ------

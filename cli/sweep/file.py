@@ -166,7 +166,7 @@ class _Reader:
             self.refuse(f"{key}{name}", f"is not {what}; {hint}")
 
     def model(self, given: str) -> str:
-        """Give a folder beside the file if there is one, else a hub id."""
+        """Return a folder beside the file if there is one, else a hub id."""
         folder = self.path.parent / given
         return str(folder) if folder.is_dir() else given
 

@@ -86,15 +86,15 @@ class SweepFolder:
         )
 
     def run_folder(self, key: str) -> Path:
-        """Give the folder of a run, there or not."""
+        """Return the folder of a run, there or not."""
         return self.path / _RUNS / key
 
     def result_path(self, key: str) -> Path:
-        """Give the file of a run's result, there or not."""
+        """Return the file of a run's result, there or not."""
         return self.path / _RESULTS / f"{key}.json"
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """Give what a run found; None where it is not finished.
+        """Return what a run found; None where it is not finished.
 
         Raises
         ------

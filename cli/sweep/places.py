@@ -27,7 +27,7 @@ class Place:
 def places_for(
     device: str | None, processes: int | None
 ) -> tuple[tuple[Place, ...], tuple[str, ...]]:
-    """Give the places, and the names of GPUs that are left out.
+    """Return the places, and the names of GPUs that are left out.
 
     By default all GPUs of the first one's kind: others would give other bits, which no
     table should mix. On the CPU one place, or as many as asked, sharing the cores.
@@ -71,7 +71,7 @@ def places_for(
 
 
 def _share(count: int) -> str | None:
-    """Give what one of so many runs may take; by itself a run asks the machine."""
+    """Return what one of so many runs may take; by itself a run asks the machine."""
     if count == 1:
         return None
     from rsq_stream.planning.memory.fit import FREE_SHARE
@@ -81,7 +81,7 @@ def _share(count: int) -> str | None:
 
 
 def cuda_kinds() -> list[str]:
-    """Give what decides the bits of each GPU that this process sees."""
+    """Return what decides the bits of each GPU that this process sees."""
     import torch
 
     from rsq_stream.planning.devices import device_kind

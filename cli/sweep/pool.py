@@ -38,7 +38,7 @@ def run_all(
     begin: Callable[[SweepRun, Place], Path],
     stop: threading.Event,
 ) -> Iterator[Ended]:
-    """Give each run as its process ends; ``begin`` gives the file of its task.
+    """Yield each run as its process ends; ``begin`` makes the file of its task.
 
     Once ``stop`` is set, no run begins, and those that go on are asked to stop and
     waited for. Whatever else ends this, ends the processes at once.
@@ -107,7 +107,7 @@ class _Child:
         self._process.wait()
 
     def failure(self) -> str | None:
-        """Say in one line why the ended process did not do its run."""
+        """Describe in one line why the ended process did not do its run."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         code = self._process.returncode

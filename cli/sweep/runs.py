@@ -68,7 +68,7 @@ class SweepRun:
 
 
 def rows_of(sweep: SweepFile) -> list[Row]:
-    """Give the rows: the product of the grid, then the named runs.
+    """Return the rows: the product of the grid, then the named runs.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def _beside(path: Path, job: QuantizeOptions) -> QuantizeOptions:
 
 @contextmanager
 def refused_by(where: str) -> Iterator[None]:
-    """Have an error say which part of the file it comes from.
+    """Make an error say which part of the file it comes from.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def plan_rows(sweep: SweepFile, rows: list[Row], device: str) -> list[Planned]:
 
 
 def evaluation_of(sweep: SweepFile, planned: list[Planned]) -> EvalOptions:
-    """Give the evaluation's options with the window length that they stand for."""
+    """Return the evaluation's options with the window length that they stand for."""
     from rsq_stream.evaluation.perplexity import require_text, window_length
 
     with refused_by(str(sweep.path)):
@@ -177,7 +177,7 @@ def runs_of(
     evaluation: EvalOptions,
     models: Mapping[str | None, str],
 ) -> list[SweepRun]:
-    """Give every run, in the order of the file, with the key of its result.
+    """Return every run, in the order of the file, with the key of its result.
 
     ``models`` has the hash of the model's files by revision.
     """

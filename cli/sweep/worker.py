@@ -109,7 +109,7 @@ def _quantized(
 
 
 def _seconds(work_dir: Path) -> float:
-    """Give the time that all blocks took, those of --bpw's measuring included."""
+    """Return the time that all blocks took, those of --bpw's measuring included."""
     from rsq_stream.storage.journal import NAME, Journal
     from rsq_stream.storage.work_folder import MEASURED
 
@@ -122,7 +122,7 @@ def _seconds(work_dir: Path) -> float:
 
 
 def task_of(job: QuantizeOptions) -> dict[str, Any]:
-    """Give a job as a task's file has it: without what the run's folder decides."""
+    """Return a job as a task's file has it: without what the run's folder decides."""
     fields = dataclasses.asdict(job)
     for name in ("output", "work_dir", "keep_work", "preset"):
         del fields[name]

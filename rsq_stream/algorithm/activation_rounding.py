@@ -46,5 +46,5 @@ def rounded(
 
 
 def _safe(scale: Tensor) -> Tensor:
-    """Give 1 for the scale of a group of zeros, or of what is too small to have one."""
+    """Return 1 for the scale of a group of zeros, or of values too small for one."""
     return torch.where(scale > 0, scale, 1.0)

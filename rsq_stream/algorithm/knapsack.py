@@ -23,7 +23,7 @@ class Item:
 
 
 def allocate(units: Sequence[Item], budget: int) -> list[int] | None:
-    """Give the option of each unit with the least sum of costs, sizes within budget.
+    """Return the option of each unit with the least sum of costs, sizes within budget.
 
     None where not even the smallest options fit. Of equal sums the smaller sizes win.
     """

@@ -18,7 +18,7 @@ _WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
 
 
 def tokens_of(text: str, tokenizer: Callable[..., Any]) -> Int[Tensor, "T"]:
-    """Give a text's tokens in int32, with those that the tokenizer puts before it.
+    """Return a text's tokens in int32, with those that the tokenizer puts before it.
 
     A piece ends where a word does: there the patterns of byte-level tokenizers (GPT-2,
     Llama 3, Qwen) divide a text in any case, and the tokens are those of the whole.

@@ -52,7 +52,7 @@ DATA_SETS = {
 
 
 def read_text(calibration: str, seed: int, option: str = "--calibration") -> str:
-    """Give the text of a named data set or of a .txt, .jsonl or .parquet file.
+    """Return the text of a named data set or of a .txt, .jsonl or .parquet file.
 
     Errors name the file as the value of ``option``.
 

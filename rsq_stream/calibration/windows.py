@@ -39,7 +39,7 @@ class Windows:
         return digest.hexdigest()
 
     def tokens(self, first: int, count: int) -> Int[Tensor, "B T"]:
-        """Give sequences ``first`` to ``first + count - 1``.
+        """Return sequences ``first`` to ``first + count - 1``.
 
         Sequence n M + m is window n, rolled right by m floor(T / M) tokens.
         """

@@ -72,15 +72,15 @@ class Files(Protocol):
         ...
 
     def path(self, name: str) -> Path:
-        """Give a local path of the file, fetching it if need be."""
+        """Return a local path of the file, fetching it if need be."""
         ...
 
     def header(self, name: str) -> tuple[bytes, int]:
-        """Give a shard's header as JSON and how many bytes of data follow it."""
+        """Return a shard's header as JSON and how many bytes of data follow it."""
         ...
 
     def stamp(self, name: str) -> Stamp:
-        """Give what identifies a file, without fetching or reading it."""
+        """Return what identifies a file, without fetching or reading it."""
         ...
 
 
@@ -96,7 +96,7 @@ class FolderFiles:
         return (self._folder / name).is_file()
 
     def path(self, name: str) -> Path:
-        """Give the file's path."""
+        """Return the file's path."""
         path = self._folder / name
         if not path.is_file():
             raise CheckpointError(f"{self.where}: {name} is missing")
@@ -108,14 +108,14 @@ class FolderFiles:
         return header, file_bytes - start
 
     def stamp(self, name: str) -> Stamp:
-        """Give size and times; ``ctime`` changes whenever the content may have."""
+        """Return size and times; ``ctime`` changes whenever the content may have."""
         found = self.path(name).stat()
         text = f"{found.st_size} bytes of {found.st_mtime_ns}/{found.st_ctime_ns} ns"
         return Stamp(text, None)
 
 
 def hub_cache() -> Path:
-    """Give the folder that hub files are fetched into."""
+    """Return the folder that hub files are fetched into."""
     return Path(constants.HF_HUB_CACHE)
 
 
@@ -162,7 +162,7 @@ class HubFiles:
         return json.dumps(header).encode(), max(ends, default=0)
 
     def stamp(self, name: str) -> Stamp:
-        """Give the file's tag on the hub; of large files it is their sha256."""
+        """Return the file's tag on the hub; of large files it is their sha256."""
         cached = self._cached(name)
         # The cache names its blobs by their tag, where it can link to them.
         tag = cached.resolve().name if cached is not None else name
@@ -205,7 +205,7 @@ class HubFiles:
 
 @contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """Say in one line why the hub did not give what was asked for."""
+    """Describe in one line why the hub did not give what was asked for."""
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

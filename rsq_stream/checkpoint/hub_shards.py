@@ -27,7 +27,7 @@ _FETCHED = "fetched"
 
 
 def require_hub(checkpoint: Checkpoint) -> HubFiles:
-    """Give the hub's files; those of a folder are never removed.
+    """Return the hub's files; those of a folder are never removed.
 
     Raises
     ------
@@ -64,17 +64,17 @@ class ShardSchedule:
         """The last block that needs a shard."""
 
     def of(self, block: int) -> list[str]:
-        """Give the shards of a block; none after the last."""
+        """Return the shards of a block; none after the last."""
         return self.from_block(block, block + 1)
 
     def from_block(self, block: int, end: int | None = None) -> list[str]:
-        """Give the shards of a block and of those after it, in order of need."""
+        """Return the shards of a block and of those after it, in order of need."""
         stop = None if end is None else end - NO_BLOCK
         blocks = self._by_block[block - NO_BLOCK : stop]
         return list(dict.fromkeys(shard for shards in blocks for shard in shards))
 
     def most_bytes(self, absent: Collection[str] | None = None) -> int:
-        """Give what lies on disk at most: a block's shards and the one after them.
+        """Return what lies on disk at most: a block's shards and the one after them.
 
         With ``absent``, of these shards alone: the others lie there all the time.
         """
@@ -90,11 +90,11 @@ class ShardSchedule:
         return most
 
     def all_bytes(self, absent: Collection[str]) -> int:
-        """Give what these shards take in all."""
+        """Return what these shards take in all."""
         return sum(self._sizes(absent).values())
 
     def _sizes(self, counted: Collection[str] | None) -> dict[str, int]:
-        """Give the bytes of each shard that is needed; of those not counted, none."""
+        """Return the bytes of each shard that is needed; of those not counted, none."""
         sizes = dict.fromkeys(self.last, 0)
         for entry in self._checkpoint.tensors.values():
             if entry.shard in sizes and (counted is None or entry.shard in counted):
@@ -103,7 +103,7 @@ class ShardSchedule:
 
 
 def bytes_to_fetch(checkpoint: Checkpoint, options: RunOptions) -> int:
-    """Give by how much a run lets the hub's cache grow at most; none for a folder.
+    """Return by how much a run lets the hub's cache grow at most; none for a folder.
 
     What it fetched before it was stopped counts as there, although it may go.
     """

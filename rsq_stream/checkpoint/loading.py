@@ -81,7 +81,7 @@ def load_model(
 
 
 def _put_in(model: Any, reader: ModelReader) -> None:
-    """Have the inputs of all o and down rotated before these run."""
+    """Rotate the inputs of all o and down before these run."""
     online = reader.online
     linears = rotated_linears(reader.architecture)
     for kind, rotation, rotate in (

@@ -54,17 +54,17 @@ class ModelReader:
         return bool(self._schemes)
 
     def embedding(self) -> Tensor:
-        """Give the embedding, in the type it is stored in."""
+        """Return the embedding, in the type it is stored in."""
         return self._outer(EMBEDDING)
 
     def embedded(self, token_BT: Tensor) -> Tensor:
-        """Give the rows of the embedding that tokens have, in its stored type."""
+        """Return the rows of the embedding that tokens have, in its stored type."""
         self._checkpoint.entry(EMBEDDING, self.architecture.outer_shapes()[EMBEDDING])
         token_N, place_BT = token_BT.unique(return_inverse=True)
         return self._checkpoint.read_rows(EMBEDDING, token_N)[place_BT]
 
     def head(self) -> Tensor:
-        """Give the head: the embedding where the two are tied."""
+        """Return the head: the embedding where the two are tied."""
         if self.architecture.tied:
             return self._outer(EMBEDDING)
         scheme = self._schemes.get(LM_HEAD_LINEAR)
@@ -88,7 +88,7 @@ class ModelReader:
         return self._decoded(LM_HEAD_LINEAR, scheme, (len(rows), shape[1]), read)
 
     def final_norm(self) -> Tensor:
-        """Give the gain of the norm before the head."""
+        """Return the gain of the norm before the head."""
         return self._outer(FINAL_NORM)
 
     def _outer(self, name: str) -> Tensor:

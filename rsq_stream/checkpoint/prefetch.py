@@ -25,7 +25,7 @@ class BlockPrefetch(Generic[Part]):
         self._ahead = _Reading(index, self._read)
 
     def take(self, index: int) -> Part:
-        """Give a part: that which was read ahead, else it is read now.
+        """Return a part: that which was read ahead, else it is read now.
 
         What went wrong ahead is tried again: whoever needs it is told by the same
         error as without reading ahead.

@@ -123,7 +123,7 @@ class Checkpoint:
         return names
 
     def entry(self, name: str, shape: tuple[int, ...] | None = None) -> TensorEntry:
-        """Give a tensor's entry; with ``shape``, check it.
+        """Return a tensor's entry; with ``shape``, check it.
 
         Raises
         ------

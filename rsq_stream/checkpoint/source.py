@@ -57,12 +57,12 @@ class Source:
         self._ahead = BlockPrefetch(self._read_block, check)
 
     def embedding(self) -> Iterator[Tensor]:
-        """Give the embedding as the output stores it, some rows after the other."""
+        """Return the embedding as the output stores it, some rows after the other."""
         for weight_RD in self._chunks(EMBEDDING):
             yield self._embedded(weight_RD)
 
     def embedding_rows(self, index_N: Tensor) -> Tensor:
-        """Give some rows of the embedding, as the output stores them.
+        """Return some rows of the embedding, as the output stores them.
 
         A few rows have no sha256: for that, let ``embedding`` go by before.
         """
@@ -76,7 +76,7 @@ class Source:
         return self._rotation.embedding(weight_RD.to(self._device)).cpu()
 
     def head(self) -> Iterator[Tensor]:
-        """Give the head as the output stores it: untied, where it was tied."""
+        """Return the head as the output stores it: untied, where it was tied."""
         chunks = self._chunks(EMBEDDING if self._architecture.tied else LM_HEAD)
         if self._rotation is None:
             yield from chunks
@@ -100,7 +100,7 @@ class Source:
         return output_is_tied(self._architecture, self._plan)
 
     def final_norm(self) -> Tensor:
-        """Give the last norm's gain; after a rotation it is in the head."""
+        """Return the last norm's gain; after a rotation it is in the head."""
         gain_D = self._read(FINAL_NORM)
         return torch.ones_like(gain_D) if self._rotation else gain_D
 
@@ -128,7 +128,7 @@ class Source:
         }
 
     def unjournalled(self) -> SourceRecord | None:
-        """Give what was learnt of the source's content, to be journalled."""
+        """Return what was learnt of the source's content, to be journalled."""
         return self._identity.unjournalled() if self._identity else None
 
     def _read(self, name: str) -> Tensor:
@@ -136,7 +136,7 @@ class Source:
         return tensor
 
     def _sound(self, name: str, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Give a tensor back part by part, or refuse it: no later stage could mend it.
+        """Yield a tensor part by part, or refuse it: no later stage could mend it.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class Source:
     def unquantized(
         self, index: int, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Give a block's norms, biases and kept linears, as the output stores them."""
+        """Return a block's norms, biases and unquantized linears, as stored."""
         prefix, linears = block_prefix(index), self._architecture.linears(index)
         return {
             prefix + name: tensor.to(self._checkpoint.entry(prefix + name).dtype)
@@ -176,7 +176,7 @@ class Source:
         return self._plan.scheme(linear, weight_OI.shape[1]) is None
 
     def linear_types(self, index: int) -> dict[str, torch.dtype]:
-        """Give the stored type of each linear of a block."""
+        """Return the stored type of each linear of a block."""
         prefix = block_prefix(index)
         return {
             name: self._checkpoint.entry(f"{prefix}{name}.weight").dtype
@@ -199,6 +199,6 @@ def _rotation(
 
 
 def chunk_rows(width: int) -> int:
-    """Give the rows of a chunk of the embedding or head; decides no byte."""
+    """Return the rows of a chunk of the embedding or head; decides no byte."""
     fitting = min(_CHUNK_ROWS, CHUNK_BYTES // (4 * width))
     return max(_WHOLE_ROWS, fitting // _WHOLE_ROWS * _WHOLE_ROWS)

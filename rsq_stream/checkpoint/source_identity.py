@@ -138,7 +138,7 @@ class SourceIdentity:
             raise CheckpointError(self._drift(shard, what))
 
     def unjournalled(self) -> SourceRecord:
-        """Give what is to be journalled; never waits for the hashing."""
+        """Return what is to be journalled; never waits for the hashing."""
         if self._hashing is not None and self._hashing.done():
             self._take()
         with self._lock:
@@ -172,7 +172,7 @@ class SourceIdentity:
             self._files[name] = stamp, sha256
 
     def shards(self) -> dict[str, str]:
-        """Give the sha256 of every shard, for the output's record of its source."""
+        """Return the sha256 of every shard, for the output's record of its source."""
         return {name: self._files[name][1] for name in self._checkpoint.shards}
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class ActivationFields:
         return self.activation_bits != UNQUANTIZED or self.kv_bits != UNQUANTIZED
 
     def activations_text(self) -> str:
-        """Say in words what is rounded, and how; a scale a token where no more is said.
+        """Describe what is rounded, and how; a scale a token where no more is said.
 
         ``4-bit inputs of linears, symmetric; 4-bit K and V, symmetric, clip 0.95``.
         """
@@ -138,7 +138,7 @@ class ActivationRounding(ActivationFields):
 
 
 def _defaults() -> dict[str, Any]:
-    """Give all fields at their defaults: nothing is rounded."""
+    """Return all fields at their defaults: nothing is rounded."""
     return {field.name: field.default for field in dataclasses.fields(ActivationFields)}
 
 

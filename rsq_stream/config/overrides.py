@@ -26,7 +26,7 @@ def resolve(
     given: Iterable[tuple[str, Value]],
     names: Mapping[str, int | None],
 ) -> dict[str, Value]:
-    """Give the value of each linear, by full name, that some pattern fits.
+    """Return the value of each linear, by full name, that some pattern fits.
 
     ``names`` gives each linear's block, None for the head.
 

@@ -38,7 +38,7 @@ class PropagationFields:
         return 2 if self.propagate > 0 or any(share > 0 for share in own) else 1
 
     def propagate_share(self, linear: str) -> float:
-        """Give how much of earlier layers' error a linear makes up for."""
+        """Return how much of earlier layers' error a linear makes up for."""
         return _shares(self.propagate_overrides).get(linear, self.propagate)
 
 

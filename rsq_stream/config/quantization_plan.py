@@ -188,11 +188,11 @@ class QuantizationPlan(
         return self.unit_sequences * self.sequence_length
 
     def tile_rows_of(self, inputs: int) -> int:
-        """Give the rows of a linear of so many inputs that are solved together."""
+        """Return the rows of a linear of so many inputs that are solved together."""
         return max(self.tile_rows, self.tile_weights // inputs)
 
     def damping_for(self, inputs: int) -> float:
-        """Give the damping of a Hessian of so many inputs, at most 1.
+        """Return the damping of a Hessian of so many inputs, at most 1.
 
         A sample covariance errs by about inputs / tokens. Rolled copies say little new.
         """
@@ -236,11 +236,11 @@ class QuantizationPlan(
         return frozenset(made.bits for made in own) - {UNQUANTIZED}
 
     def override(self, linear: str) -> Override | None:
-        """Give what a linear, by its full name, has of its own; None for nothing."""
+        """Return what a linear, by its full name, has of its own; None for nothing."""
         return _parsed(self.overrides).get(linear)
 
     def scheme(self, linear: str, inputs: int) -> Scheme | None:
-        """Give how a linear, by its full name, is quantized; None for one that is kept.
+        """Return how a linear, by its full name, is quantized; None if it is not.
 
         A group size that does not divide the inputs becomes -1, the whole row.
         """

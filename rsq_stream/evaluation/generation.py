@@ -80,7 +80,7 @@ class _Head:
         self._kept: list[Tensor] = []
 
     def likeliest(self, hidden_D: Tensor) -> int:
-        """Give the token with the highest logit, of equal ones the first."""
+        """Return the token with the highest logit, of equal ones the first."""
         best, token = float("-inf"), 0
         for number, tile_RD in enumerate(self._tiles()):
             logit_R = tile_RD @ hidden_D

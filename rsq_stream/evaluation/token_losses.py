@@ -47,7 +47,7 @@ class TokenLosses:
                 self._apart_L[rows] = self._apart_L[rows] * fade_R + apart_R
 
     def sums(self) -> tuple[list[float], float]:
-        """Give each model's loss, and KL(second || first), summed over the tokens."""
+        """Return each model's loss, and KL(second || first), summed over the tokens."""
         log_ML = self._top_ML.double() + self._total_ML.log()
         losses = (log_ML - self._target_ML).sum(dim=1).tolist()
         if len(losses) < 2:

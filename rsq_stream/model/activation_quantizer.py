@@ -26,7 +26,7 @@ class ActivationQuantizer:
     scheme: ActivationFields = NOTHING
 
     def inputs(self, x_BTI: Float[Tensor, "B T I"]) -> Float[Tensor, "B T I"]:
-        """Give the input of a linear."""
+        """Return the input of a linear."""
         scheme = self.scheme
         if scheme.activation_bits == UNQUANTIZED:
             return x_BTI
@@ -41,13 +41,13 @@ class ActivationQuantizer:
     def keys(
         self, query_BHTK: Float[Tensor, "B H T K"], key_BGTK: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"]]:
-        """Give q and k, after RoPE, as attention multiplies them."""
+        """Return q and k, after RoPE, as attention multiplies them."""
         if self.scheme.kv_bits == UNQUANTIZED:
             return query_BHTK, key_BGTK
         return rotated_heads(query_BHTK), self._cached(rotated_heads(key_BGTK))
 
     def values(self, value_BGTK: Float[Tensor, "B G T K"]) -> Float[Tensor, "B G T K"]:
-        """Give v as attention adds it up."""
+        """Return v as attention adds it up."""
         if self.scheme.kv_bits == UNQUANTIZED:
             return value_BGTK
         return self._cached(value_BGTK)

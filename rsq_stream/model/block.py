@@ -81,7 +81,7 @@ class Block:
         return self._linears["mlp.down_proj"].in_features
 
     def weight(self, linear: str) -> Float[Tensor, "O I"]:
-        """Give the weight of a linear as it is now, where it lies."""
+        """Return the weight of a linear as it is now, where it lies."""
         return self._linears[linear].weight
 
     def replace_weight(self, linear: str, weight_OI: Float[Tensor, "O I"]) -> None:
@@ -96,7 +96,7 @@ class Block:
         return self._quantizer.inputs(self._attention_norm(x_BTD))
 
     def column_sums(self, a_BTD: Tensor) -> Float[Tensor, "B T"]:
-        """Give the attention each token receives, by the present q and k."""
+        """Return the attention each token receives, by the present q and k."""
         sums_BT: Tensor = self._attend(a_BTD, column_sums=True)[1]
         return sums_BT
 

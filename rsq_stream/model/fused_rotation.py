@@ -100,7 +100,7 @@ def _in_parts(
 
 
 def _part_length(weight_OI: Tensor, axis: int) -> int:
-    """Give the rows (or columns) that a GPU rotates at a time; elsewhere all."""
+    """Return the rows (or columns) that a GPU rotates at a time; elsewhere all."""
     if not weight_OI.is_cuda:
         return weight_OI.shape[axis]
     return max(1, PART_ENTRIES // weight_OI.shape[1 - axis])

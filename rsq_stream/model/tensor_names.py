@@ -9,11 +9,11 @@ LM_HEAD = "lm_head.weight"
 
 
 def block_prefix(block: int) -> str:
-    """Give the prefix of a block's tensors in the checkpoint."""
+    """Return the prefix of a block's tensors in the checkpoint."""
     return f"model.layers.{block}."
 
 
 def block_of(name: str) -> int | None:
-    """Give the block that a tensor of the checkpoint belongs to; None outside."""
+    """Return the block that a tensor of the checkpoint belongs to; None outside."""
     found = _IN_BLOCK.match(name)
     return int(found[1]) if found else None

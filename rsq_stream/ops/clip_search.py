@@ -34,7 +34,7 @@ def best_scale(
     exponent: float,
     mirrored: bool,
 ) -> Int[Tensor, "R"]:
-    """Give per row the best candidate's index p, or -1 - p for its mirror.
+    """Return per row the best candidate's index p, or -1 - p for its mirror.
 
     ``scale_RP`` is positive; ``zero_R`` holds whole numbers from 0 to ``top``.
     """
@@ -142,7 +142,7 @@ def choose(  # pragma: no cover - compiled
     exponent: np.float32,
     mirrored: bool,
 ) -> int:
-    """Give a row's best candidate, or -1 - p for the mirror of candidate p."""
+    """Return a row's best candidate, or -1 - p for the mirror of candidate p."""
     candidates = scale.shape[0]
     total = np.empty(candidates, dtype=np.float32)
     inverse = np.float32(1.0) / scale

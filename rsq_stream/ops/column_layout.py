@@ -21,14 +21,14 @@ targets of a column stay in the processor's first cache."""
 
 
 def laid_out(matrix_RC: Tensor) -> Tensor:
-    """Give the matrix as the loops of its device go through it, copied if need be."""
+    """Return the matrix as the loops of its device go through it, copied if need be."""
     return matrix_RC if matrix_RC.is_cuda else matrix_RC.T.contiguous().T
 
 
 def empty(
     rows: int, columns: int, like: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Give a matrix for the device of another, laid out for its loops."""
+    """Return a matrix for the device of another, laid out for its loops."""
     if like.is_cuda:
         return torch.empty(rows, columns, dtype=dtype, device=like.device)
     return torch.empty(columns, rows, dtype=dtype).T
@@ -49,7 +49,7 @@ def plus_product(
     *,
     alpha: int = 1,
 ) -> Float[Tensor, "R C"]:
-    """Give base + alpha (left right), laid out for the loops."""
+    """Compute base + alpha (left right), laid out for the loops."""
     made_RC = empty(len(base_RC), base_RC.shape[1], base_RC)
     return torch.addmm(base_RC, left_RI, right_IC, alpha=alpha, out=made_RC)
 

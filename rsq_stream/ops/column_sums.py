@@ -77,7 +77,7 @@ def column_sums_kernel(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Give a dense tensor that begins at a multiple of 16 bytes, copied if need be."""
+    """Return a dense tensor that begins at a multiple of 16 bytes, or a copy."""
     dense = x.contiguous()
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 

@@ -39,7 +39,7 @@ def descend(
     zero_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
 ) -> UInt8[Tensor, "R C"]:
-    """Give better codes for columns that share one scale per row.
+    """Compute better codes for columns that share one scale per row.
 
     ``pull_RC`` is P = e H at these columns; ``level_RL`` what each code decodes to.
     """

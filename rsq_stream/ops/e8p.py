@@ -26,7 +26,7 @@ _CHUNK = 4096
 def round_lattice(
     target_RC: Float[Tensor, "R C"], scale_R: Float[Tensor, "R"]
 ) -> UInt8[Tensor, "R C"]:
-    """Give the digits of the codewords nearest to target / scale."""
+    """Return the digits of the codewords nearest to target / scale."""
     if target_RC.is_cuda:
         return round_lattice_kernel(target_RC, scale_R)
     digit_RC = torch.empty(target_RC.shape, dtype=torch.uint8)
@@ -204,7 +204,7 @@ def _unit_inverses(upper_CC: Tensor) -> Tensor:
 
 
 def _tiles(matrix_CC: Tensor) -> Tensor:
-    """Give the 8 x 8 tiles on the diagonal, ``[blocks, 8, 8]``."""
+    """Return the 8 x 8 tiles on the diagonal, ``[blocks, 8, 8]``."""
     blocks = matrix_CC.shape[0] // WIDTH
     tile_BCBC = matrix_CC.reshape(blocks, WIDTH, blocks, WIDTH)
     return tile_BCBC.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -217,7 +217,7 @@ def descend_lattice(
     scale_R: Float[Tensor, "R"],
     level_RL: Float[Tensor, "R L"],
 ) -> UInt8[Tensor, "R C"]:
-    """Give better digits, 8 columns at a time, left to right.
+    """Compute better digits, 8 columns at a time, left to right.
 
     With e = w - level[digit] and P = e H (``pull_RC``), a block's minimiser is
     level + P_b H_bb^-1. The codeword nearest to it is taken where the loss falls:

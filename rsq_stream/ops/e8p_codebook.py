@@ -34,13 +34,13 @@ _TRIPLES = ((0, 1, 2), (0, 1, 3), (0, 1, 4), (0, 1, 5))
 
 
 def digit_values() -> Float[Tensor, "L"]:
-    """Give what each digit stands for: -11/4, -9/4, ... 11/4."""
+    """Return what each digit stands for: -11/4, -9/4, ... 11/4."""
     return (2 * torch.arange(DIGITS, dtype=torch.float32) - (DIGITS - 1)) / 4
 
 
 @functools.cache
 def halves() -> np.ndarray:
-    """Give the places of the three 1/2 in each pattern of norm 12, ``[29, 3]``."""
+    """Return the places of the three 1/2 in each pattern of norm 12, ``[29, 3]``."""
     turned = [
         [(turn + place) % WIDTH for place in triple]
         for triple in _TRIPLES
@@ -51,7 +51,7 @@ def halves() -> np.ndarray:
 
 @functools.cache
 def patterns() -> np.ndarray:
-    """Give the 256 patterns, ``[256, 8]`` fp32, by norm and then by their entries."""
+    """Return the 256 patterns, ``[256, 8]`` fp32, by norm and then by their entries."""
     entries = itertools.product((0.5, 1.5, 2.5), repeat=WIDTH)
     every = np.array(list(entries), dtype=np.float32)
     norms = (every**2).sum(1)
@@ -64,7 +64,7 @@ def patterns() -> np.ndarray:
 
 @functools.cache
 def codeword_digits() -> UInt8[Tensor, "N C"]:
-    """Give the digits of each of the 65536 codewords, by index."""
+    """Return the digits of each of the 65536 codewords, by index."""
     index_N = np.arange(1 << 16)
     absolute_NC = patterns()[index_N >> 8]
     minus_NC = (index_N[:, None] >> np.arange(WIDTH)) & 1
@@ -79,7 +79,7 @@ def codeword_digits() -> UInt8[Tensor, "N C"]:
 
 @functools.cache
 def _pattern_numbers() -> Tensor:
-    """Give a pattern's number by its entries as digits to the base 3; -1 for none."""
+    """Return a pattern's number by its entries as digits to the base 3; -1 for none."""
     found = torch.full((3**WIDTH,), -1, dtype=torch.int64)
     entry_NC = torch.from_numpy(patterns() - 0.5).long()
     found[entry_NC @ _places()] = torch.arange(_PATTERNS)
@@ -91,7 +91,7 @@ def _places() -> Tensor:
 
 
 def to_indices(digit_OI: UInt8[Tensor, "O I"]) -> Int32[Tensor, "O N"]:
-    """Give the index, 0 .. 65535, of each run of 8 digits, which must be a codeword.
+    """Return the index, 0 .. 65535, of each run of 8 digits, which must be a codeword.
 
     Raises
     ------

@@ -141,7 +141,7 @@ def nearest(  # pragma: no cover - compiled
 def round_rows(  # pragma: no cover - compiled
     target: np.ndarray, inverse: np.ndarray, halves: np.ndarray, digit: np.ndarray
 ) -> None:
-    """Give the digits of the codewords nearest to target / scale, row by row."""
+    """Return the digits of the codewords nearest to target / scale, row by row."""
     x, size, vector = np.empty(8), np.empty(8), np.empty(8)
     order = np.empty(8, dtype=np.int64)
     rows, columns = target.shape

@@ -83,7 +83,7 @@ def _kernel_of(entries: bytes, dense: int, power: int, dtype: torch.dtype) -> Ke
 
 
 def _aligned(x_LN: Tensor) -> Tensor:
-    """Give the tensor dense, and where the kernel's vectors can begin."""
+    """Return the tensor dense, and where the kernel's vectors can begin."""
     x_LN = x_LN.contiguous()
     return x_LN.clone() if x_LN.data_ptr() % _VECTOR_BYTES else x_LN
 
@@ -105,7 +105,7 @@ def _shared_bytes(chunks: int) -> int:
 
 
 def _masks(entries: bytes, dense: int) -> list[str]:
-    """Give each row's signs as a mask: bit d' is set where the int8 entry is -1."""
+    """Return each row's signs as a mask: bit d' is set where the int8 entry is -1."""
     rows = [entries[at : at + dense] for at in range(0, len(entries), dense)]
     masks = [sum((entry > 127) << at for at, entry in enumerate(row)) for row in rows]
     return [f"0x{mask:x}ull" for mask in masks]

@@ -22,7 +22,7 @@ _THREADS = 128
 
 
 def packed_words(codes: int, bits: int) -> int:
-    """Give the 32-bit words that a row of codes takes: ceil(codes bits / 32)."""
+    """Return the 32-bit words that a row of codes takes: ceil(codes bits / 32)."""
     return -(-codes * bits // _WORD)
 
 

@@ -32,7 +32,7 @@ class Searched(NamedTuple):
 def search_scales(
     target_RC: Float[Tensor, "R C"], by: Searched
 ) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
-    """Give scale (negative: mirrored) and zero point per row, of targets on a CPU."""
+    """Return scale (negative: mirrored) and zero point per row, of targets on a CPU."""
     rows, top = target_RC.shape[0], (1 << by.bits) - 1
     info = torch.finfo(by.storage_type)
     made_2R = np.empty((2, rows), dtype=np.float32)

@@ -22,7 +22,7 @@ from rsq_stream.ops.table_loops import (
 
 
 def nearest_code(value: Tensor, middle_M: Float[Tensor, "M"]) -> Tensor:
-    """Give the code nearest to each value, as whole numbers; on a tie the lower."""
+    """Return the code nearest to each value, as whole numbers; on a tie the lower."""
     return torch.bucketize(value.contiguous(), middle_M)
 
 
@@ -33,7 +33,7 @@ def best_table_scale(
     exponent: float,
     mirrored: bool,
 ) -> Int[Tensor, "R"]:
-    """Give per row the best candidate's index p, or -1 - p for its mirror.
+    """Return per row the best candidate's index p, or -1 - p for its mirror.
 
     The smallest sum of |error|^exponent wins, the earlier candidate on a tie, the
     upright table before the mirrored one. ``scale_RP`` is positive.
@@ -83,7 +83,7 @@ def best_table_scale_naive(
 
 
 def middles(value_L: Float[Tensor, "L"]) -> Float[Tensor, "M"]:
-    """Give the midpoints between neighbouring values."""
+    """Return the midpoints between neighbouring values."""
     return (value_L[1:] + value_L[:-1]) / 2
 
 
@@ -156,7 +156,7 @@ def descend_table(
     value_L: Float[Tensor, "L"],
     level_RL: Float[Tensor, "R L"],
 ) -> UInt8[Tensor, "R C"]:
-    """Give better codes by coordinate descent, as ``ops/descent.py`` does."""
+    """Compute better codes by coordinate descent, as ``ops/descent.py`` does."""
     if code_RC.is_cuda:
         return descend_kernel(
             code_RC,

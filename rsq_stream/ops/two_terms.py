@@ -32,7 +32,7 @@ def two_terms(
     kind: torch.dtype,
     weight_T: Float[Tensor, "T"] | None = None,
 ) -> Terms:
-    """Give w x in two terms of a 16-bit type, w the fp32 weights of the rows."""
+    """Return w x in two terms of a 16-bit type, w the fp32 weights of the rows."""
     if x_TC.is_cuda and kind == torch.bfloat16 and x_TC.dtype != torch.float16:
         return two_terms_kernel(x_TC, weight_T)
     return two_terms_naive(x_TC, kind, weight_T)
@@ -77,7 +77,7 @@ def two_terms_naive(
 
 
 def _unit(x_TC: Float[Tensor, "T C"]) -> float:
-    """Give what to divide fp32 values by for fp16 to hold them; waits for a GPU."""
+    """Return what to divide fp32 values by for fp16 to hold them; waits for a GPU."""
     low, high = torch.aminmax(x_TC)
     largest = max(-float(low), float(high))
     limit = torch.finfo(torch.float16).max

@@ -120,7 +120,7 @@ class OutputFolder:
         self._writer.require_tensor(name)
 
     def checksum(self, name: str) -> int | None:
-        """Give the checksum of a tensor that was written."""
+        """Return the checksum of a tensor that was written."""
         return self._writer.checksums.get(name)
 
     def forget(self, names: Collection[str]) -> None:
@@ -143,7 +143,7 @@ class OutputFolder:
         self._writer.sync()
 
     def new_checksums(self) -> dict[str, int]:
-        """Give the checksums of tensors written since the last call."""
+        """Return the checksums of tensors written since the last call."""
         fresh = {
             name: written
             for name, written in self._writer.checksums.items()

@@ -113,7 +113,7 @@ class ShardWriter:
             pass
 
     def _intact(self, name: str) -> Iterator[bytes]:
-        """Give a tensor's bytes in pieces; refuse others than were written."""
+        """Return a tensor's bytes in pieces; refuse others than were written."""
         layout = self._shard_of[name]
         offset, announced = layout.places[name]
         found, done = Checksum(), 0
@@ -131,7 +131,7 @@ class ShardWriter:
 
     @contextmanager
     def _reading(self, layout: ShardLayout) -> Iterator[Callable[[int, int], bytes]]:
-        """Give what reads so many bytes at an offset of a shard, named or not."""
+        """Return what reads so many bytes at an offset of a shard, named or not."""
         path = self._folder / layout.name
         if layout.name in self._files or not path.is_file():
             yield self._open(layout).read
@@ -145,7 +145,7 @@ class ShardWriter:
             file.sync()
 
     def full_shards(self) -> list[ShardLayout]:
-        """Give open shards that hold all their tensors, in order."""
+        """Return open shards that hold all their tensors, in order."""
         return [
             layout
             for layout in self._layouts.values()

@@ -18,7 +18,7 @@ from rsq_stream.storage import atomic
 def missing_space(
     execution: ExecutionPlan, options: RunOptions, fetched_bytes: int
 ) -> str | None:
-    """Say in one line which disk lacks room; None where there is enough.
+    """Describe in one line which disk lacks room; None where there is enough.
 
     Folders on one disk are added up; ``fetched_bytes`` are what the hub's cache grows
     by.
@@ -56,7 +56,7 @@ def explaining_full_disk(
 def _disks(
     execution: ExecutionPlan, options: RunOptions, fetched_bytes: int
 ) -> Iterator[tuple[Path, int, int]]:
-    """Give a folder on each disk, the bytes still needed there, the bytes free."""
+    """Return a folder on each disk, the bytes still needed there, the bytes free."""
     output_bytes = execution.output_bytes + execution.small_bytes
     needs = [
         (options.output, output_bytes - _allocated(options.output)),
@@ -74,7 +74,7 @@ def _disks(
 
 
 def _allocated(folder: Path) -> int:
-    """Give the bytes that files in a folder occupy; holes do not count."""
+    """Return the bytes that files in a folder occupy; holes do not count."""
     total = 0
     for path in folder.rglob("*"):
         try:

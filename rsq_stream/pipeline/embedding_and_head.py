@@ -31,16 +31,16 @@ class EmbeddingAndHead:
     pool: Pool
 
     def embedding(self) -> Iterator[Chunk]:
-        """Give the embedding."""
+        """Return the embedding."""
         for weight_RD in self.source.embedding():
             yield {EMBEDDING: weight_RD}
 
     def norm(self) -> Iterator[Chunk]:
-        """Give the gain of the norm before the head."""
+        """Return the gain of the norm before the head."""
         yield {FINAL_NORM: self.source.final_norm()}
 
     def head(self) -> Iterator[Chunk]:
-        """Give the head, rounded to codes where the plan says so; none if tied."""
+        """Return the head, rounded to codes where the plan says so; none if tied."""
         if self.source.head_is_tied:
             return
         shape, stored = self.source.head_shape, FORMATS[self.plan.output_format]
@@ -61,7 +61,7 @@ class EmbeddingAndHead:
             yield stored.encode_whole(LM_HEAD_LINEAR, shape)
 
     def tensor(self, name: str) -> Iterator[Chunk] | None:
-        """Give one of them by its name in the output; None for any other."""
+        """Return one of them by its name in the output; None for any other."""
         if name == EMBEDDING:
             return self.embedding()
         if name == FINAL_NORM:

@@ -48,7 +48,7 @@ class StageProfiler:
         self._taken.append(made)
 
     def unjournalled(self) -> list[StageUsage]:
-        """Give what was measured since the last call."""
+        """Return what was measured since the last call."""
         taken, self._taken = self._taken, []
         return taken
 
@@ -59,7 +59,7 @@ class StageProfiler:
 
 
 def added_up(taken: Iterable[StageUsage]) -> tuple[StageUsage, ...]:
-    """Give each stage once: its seconds over all blocks, and its highest peaks."""
+    """Return each stage once: its seconds over all blocks, and its highest peaks."""
     found: dict[str, StageUsage] = {}
     for made in taken:
         before = found.get(made.name, StageUsage(made.name, 0.0, 0, 0))

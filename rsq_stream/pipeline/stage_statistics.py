@@ -71,7 +71,7 @@ class StageStatistics:
         return self.run.job.architecture.stages(self.index)[0]
 
     def weigh(self) -> TokenWeights:
-        """Give the tokens' weights alone; q and k must be those of the source."""
+        """Return the tokens' weights alone; q and k must be those of the source."""
 
         def one(unit: int, x_BTD: Tensor) -> None:
             made = self.streams[0].stage_input(self._first, unit, x_BTD)
@@ -157,7 +157,7 @@ class StageStatistics:
         return {group: Statistics(hessian, cross_term)}
 
     def _stage_weight(self, linear: str) -> Callable[[int], Tensor]:
-        """Give what weighs a unit's tokens: all alike, if the linear is left out."""
+        """Return what weighs a unit's tokens: all alike, if the linear is left out."""
         if self._plan.weighs(linear):
             return self.token_weights.of_unit
         return lambda unit: torch.ones_like(self.token_weights.of_unit(unit))

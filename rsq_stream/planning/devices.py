@@ -37,7 +37,7 @@ def device_kind(device: torch.device) -> str:
 
 
 def pick_device(wanted: str | None, *, imagined: bool = False) -> str:
-    """Give the device: as asked and checked, else CUDA where there is one.
+    """Return the device: as asked and checked, else CUDA where there is one.
 
     An ``imagined`` one is CUDA, here or not.
 
@@ -59,7 +59,7 @@ def pick_device(wanted: str | None, *, imagined: bool = False) -> str:
 
 
 def make_deterministic() -> None:
-    """Have CUDA give the same bits each time; before its first product."""
+    """Make CUDA compute the same bits each time; call it before the first product."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -68,7 +68,7 @@ def make_deterministic() -> None:
 
 
 def pick_workers(wanted: int | None, device: str) -> int:
-    """Give the threads: as asked, else one with a GPU, else the cores there are."""
+    """Return the threads: as asked, else one with a GPU, else the cores there are."""
     if wanted is not None:
         return wanted
     return 1 if device.startswith("cuda") else cores()

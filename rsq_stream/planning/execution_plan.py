@@ -128,7 +128,7 @@ def plan_execution(
 
 
 def _mlp_unit_bytes(architecture: Architecture, plan: QuantizationPlan) -> int:
-    """Give what a unit's u takes, of all streams, in the type that is computed in."""
+    """Return what a unit's u takes, of all streams, in the type that is computed in."""
     compute: torch.dtype = getattr(torch, plan.compute_type)
     values = plan.unit_tokens * architecture.mlp_width
     return plan.streams * compute.itemsize * values

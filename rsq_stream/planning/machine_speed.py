@@ -99,7 +99,7 @@ class _Clock:
     device: torch.device
 
     def rate(self, work: float, function: Callable[[], object]) -> float:
-        """Give work a second, the better of two times."""
+        """Return work a second, the better of two times."""
         workers = self.pool.workers
         times = range(workers * (_GPU_TIMES if self.device.type == "cuda" else 1))
 
@@ -111,7 +111,7 @@ class _Clock:
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Give the seconds of one call, the device's work included."""
+    """Return the seconds of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

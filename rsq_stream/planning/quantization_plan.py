@@ -57,7 +57,7 @@ _PASSED_ON = tuple(
 
 
 def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
-    """Give the sequence length: as asked, else 4096 or the model's limit."""
+    """Return the sequence length: as asked, else 4096 or the model's limit."""
     if wanted is None:
         return min(DEFAULT_LONGEST, architecture.longest)
     if wanted > architecture.longest:
@@ -69,7 +69,7 @@ def sequence_length_for(architecture: Architecture, wanted: int | None) -> int:
 
 
 def host_tile_rows(width: int) -> int:
-    """Give the rows that a CPU's thread solves together.
+    """Return the rows that a CPU's thread solves together.
 
     Products of more rows are faster, and threads wait less for each other between the
     steps of a tile; with fewer rows there are tiles for all cores. So a square linear
@@ -118,7 +118,7 @@ def make_plan(
     ours = settings.method == "rsq"
 
     def chosen(given: Setting | None, usual: Setting, without: Setting) -> Setting:
-        """Give a setting of the solver: as asked, by default what the method does."""
+        """Return a setting of the solver: as asked, by default what the method does."""
         if not calibrated:
             return without
         if given is not None:
@@ -189,7 +189,7 @@ def make_plan(
 def own_schemes(
     architecture: Architecture, settings: Settings, *, tied: bool
 ) -> tuple[str, ...]:
-    """Give the plan's lines for linears that are not as ``bits`` has it.
+    """Return the plan's lines for linears that are not as ``bits`` has it.
 
     Raises
     ------
@@ -225,7 +225,7 @@ def own_schemes(
 
 
 def own_shares(architecture: Architecture, settings: Settings) -> tuple[str, ...]:
-    """Give the plan's lines for linears with a share of propagation of their own.
+    """Return the plan's lines for linears with a share of propagation of their own.
 
     Raises
     ------
@@ -238,5 +238,5 @@ def own_shares(architecture: Architecture, settings: Settings) -> tuple[str, ...
 
 
 def _linears(architecture: Architecture) -> dict[str, int | None]:
-    """Give each linear of the blocks with its block."""
+    """Return each linear of the blocks with its block."""
     return {name: block for name, (block, _) in architecture.model_linears().items()}

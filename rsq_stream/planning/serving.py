@@ -65,7 +65,7 @@ def runtimes(architecture: Architecture, plan: QuantizationPlan) -> tuple[str, .
 
 
 def _bits(architecture: Architecture, plan: QuantizationPlan) -> set[int]:
-    """Give the bits that any linear has; those that are kept have none."""
+    """Return the bits that any linear has; those that are kept have none."""
     if plan.method == "rotate":
         return set()
     schemes = [

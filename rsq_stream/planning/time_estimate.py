@@ -35,7 +35,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Give those of the whole run."""
+        """Return those of the whole run."""
         return sum(self.stages.values())
 
 
@@ -100,7 +100,7 @@ class _Work:
         return seconds + entries * size / self.rates.read + self._slot_written()
 
     def block(self) -> dict[str, float]:
-        """Give one block's stages, by the names of the memory plan."""
+        """Return one block's stages, by the names of the memory plan."""
         found = {"read and rotate": self._reading()}
         if not self.plan.needs_calibration:
             entries = sum(map(self._entries, self._linears))

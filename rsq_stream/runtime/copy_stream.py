@@ -29,15 +29,15 @@ class CopyStream(Protocol):
     device: torch.device
 
     def pinned(self, size_bytes: int) -> Tensor:
-        """Give page-locked host memory, as bytes, that O_DIRECT takes."""
+        """Return page-locked host memory, as bytes, that O_DIRECT takes."""
         ...
 
     def on_device(self, size_bytes: int) -> Tensor:
-        """Give device memory, as bytes, that compute launched from now on may use."""
+        """Return device memory, as bytes, that compute launched from now on may use."""
         ...
 
     def now(self) -> StreamEvent:
-        """Give the moment when all compute that was launched so far is done."""
+        """Return the moment when all compute that was launched so far is done."""
         ...
 
     def copy(self, target: Tensor, source: Tensor, after: StreamEvent) -> StreamEvent:
@@ -49,7 +49,7 @@ class CopyStream(Protocol):
         ...
 
     def hold_compute(self, until: StreamEvent) -> None:
-        """Have compute that is launched from now on wait, on the device."""
+        """Make compute that is launched from now on wait, on the device."""
         ...
 
 
@@ -61,7 +61,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
 
     def pinned(self, size_bytes: int) -> Tensor:
-        """Give page-locked host memory; torch takes a power of two of bytes for it."""
+        """Return page-locked host memory; torch rounds it up to a power of two."""
         made = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         if made.data_ptr() % _PAGE:  # the driver puts small ones side by side
             room = torch.empty(size_bytes + _PAGE, dtype=torch.uint8, pin_memory=True)
@@ -70,7 +70,7 @@ class SideStream:
         return made
 
     def on_device(self, size_bytes: int) -> Tensor:
-        """Give memory of the current stream."""
+        """Return memory of the current stream."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     def now(self) -> StreamEvent:
@@ -90,11 +90,11 @@ class SideStream:
         return event
 
     def hold_compute(self, until: StreamEvent) -> None:
-        """Have the current stream wait for the event."""
+        """Make the current stream wait for the event."""
         assert isinstance(until, torch.cuda.Event)
         torch.cuda.current_stream(self.device).wait_event(until)
 
 
 def pinned_bytes(size_bytes: int) -> int:
-    """Give what torch's allocator takes for a pinned buffer: a power of two."""
+    """Return what torch's allocator takes for a pinned buffer: a power of two."""
     return 1 << max(0, size_bytes - 1).bit_length()

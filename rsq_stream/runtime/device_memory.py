@@ -6,13 +6,13 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Give what the card has free for this process."""
+    """Return what the card has free for this process."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
 
 
 def cap(device: torch.device, limit_bytes: int) -> None:
-    """Have the allocator refuse what goes beyond the limit, as if the card were full.
+    """Make the allocator refuse what goes beyond the limit, as if the card were full.
 
     The CUDA context lies outside the allocator, so the planner leaves room for it.
     """
@@ -23,7 +23,7 @@ def cap(device: torch.device, limit_bytes: int) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Give the most that tensors took since the last call, and begin anew."""
+    """Return the most that tensors took since the last call, and begin anew."""
     if device.type != "cuda":
         return 0
     peak = torch.cuda.max_memory_allocated(device)
@@ -32,7 +32,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def give_back_device_memory() -> None:
-    """Have the allocator give free blocks back, so that it can cut them anew."""
+    """Make the allocator give free blocks back, so that it can cut them anew."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

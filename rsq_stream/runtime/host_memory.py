@@ -40,7 +40,7 @@ class HostPeak:
         self._thread.start()
 
     def take(self) -> int:
-        """Give the peak since the last call, in bytes, and begin anew."""
+        """Return the peak since the last call, in bytes, and begin anew."""
         now = int(self._process.memory_info().rss)
         mark = _high_water()
         peak = mark if mark > self._mark else max(self._highest, now)
@@ -59,7 +59,7 @@ class HostPeak:
 
 
 def _high_water() -> int:
-    """Give the kernel's mark of this process, 0 where there is none."""
+    """Return the kernel's mark of this process, 0 where there is none."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
@@ -69,14 +69,14 @@ def _high_water() -> int:
 
 
 def trim_heap() -> None:
-    """Have the allocator return its free pages; does nothing without glibc."""
+    """Make the allocator return its free pages; do nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Give what may still be taken: by the machine, and by each control group.
+    """Return what may still be taken: by the machine, and by each control group.
 
     ``docker run --memory``, Kubernetes and systemd limit a group, of which the number
     of the machine knows nothing: beyond it the kernel kills. ``root`` is for tests.
@@ -85,7 +85,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def _left(root: Path) -> Iterator[int]:
-    """Give what is left in each group that this process is in, if it has a limit."""
+    """Return what is left in each group that this process is in, if it has a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ def _left(root: Path) -> Iterator[int]:
 
 
 def _left_in(folder: Path) -> int | None:
-    """Give what is left of a group's limit; None where it has none that can be read."""
+    """Return what is left of a group's limit; None if none can be read."""
     for limit, usage, inactive in _FILES:
         try:
             most = int((folder / limit).read_text())

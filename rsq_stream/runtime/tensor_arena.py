@@ -53,18 +53,18 @@ class TensorArena:
         self._kept[number] = kept
 
     def get(self, number: int) -> Tensor:
-        """Give a tensor: what is kept itself, not a copy."""
+        """Return a tensor: what is kept itself, not a copy."""
         assert self._mapping is not None
         return self._view(self._mapping, number, self._kept[number])
 
     def take(self, number: int) -> Tensor:
-        """Give a copy of a tensor, whose pages go back to the system."""
+        """Return a copy of a tensor, whose pages go back to the system."""
         copy = self.get(number).clone()
         self.drop(number)
         return copy
 
     def drop(self, number: int) -> None:
-        """Give a tensor's pages back to the system: what was got of it is lost."""
+        """Return a tensor's pages to the system; what was got of it is lost."""
         with self._making:
             del self._kept[number]
             if self._mapping is not None:

@@ -43,7 +43,7 @@ class ToDevice:
     def arriving(
         self, units: Iterable[int], fill: Fill, in_flight: int
     ) -> Iterator[Tensor]:
-        """Give units on the device, in order; compute waits for each there.
+        """Return units on the device, in order; compute waits for each there.
 
         Units are taken by runs of ``in_flight``: when one is asked for, all work on the
         runs before its own must have been launched. So a copy may begin while the run
@@ -154,12 +154,12 @@ class Transfers(NamedTuple):
 
 
 def pinned_total(unit_bytes: int, in_flight: int, streams: int) -> int:
-    """Give the host memory of both ways of all streams."""
+    """Return the host memory of both ways of all streams."""
     return 2 * streams * buffers(in_flight) * pinned_bytes(unit_bytes)
 
 
 def staged_bytes(unit_bytes: int, in_flight: int, streams: int, written: int) -> int:
-    """Give what a pass's units take on the device: two runs of each stream.
+    """Return what a pass's units take on the device: two runs of each stream.
 
     Of so many streams it writes as many units as may wait for their copy.
     """
@@ -167,5 +167,5 @@ def staged_bytes(unit_bytes: int, in_flight: int, streams: int, written: int) ->
 
 
 def buffers(in_flight: int) -> int:
-    """Give the pinned buffers of one way: a unit in each, and one more beside them."""
+    """Return the pinned buffers of one way: one for each unit, and one more."""
     return in_flight + 1

@@ -54,7 +54,7 @@ class Pool:
 def single_threaded_products(
     workers: int, check: Callable[[], None] = lambda: None
 ) -> Iterator[Pool]:
-    """Give a pool, with torch's own threading off until the end."""
+    """Return a pool, with torch's own threading off until the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Pool(workers, check)

@@ -42,7 +42,7 @@ _STORED_AS = {
 
 
 def damaged(path: Path) -> DamagedError:
-    """Give the error that names a chunk, or a slot, that is not what was written."""
+    """Return the error that names a chunk, or a slot, that is not what was written."""
     slot = path.parent if path.name.startswith("c.") else path
     return DamagedError(
         f"{path}: the stored activations are damaged or missing", slot.name
@@ -130,7 +130,7 @@ class Slot:
                 self._store(unit, content)
 
     def arriving(self, units: Iterable[int], in_flight: int) -> Iterator[Tensor]:
-        """Give units in order: on the GPU, where they go there beside its compute.
+        """Return units in order: on the GPU, where they go there beside its compute.
 
         What is given holds for a run of ``in_flight`` (``runtime/transfers.py``).
         """
@@ -147,7 +147,7 @@ class Slot:
         return dense.copy_(x_BTD)
 
     def read(self, units: Iterable[int]) -> Iterator[Tensor]:
-        """Give units in order, reading ahead of whoever takes them."""
+        """Return units in order, reading ahead of whoever takes them."""
         ahead: deque[Future[Tensor] | int] = deque()
         for unit in units:
             here = unit in self._memory

@@ -32,14 +32,14 @@ class SlotShape(NamedTuple):
         return self.sequences * self.tokens * self.width * self.dtype.itemsize
 
     def unit_shape(self, unit: int) -> tuple[int, int, int]:
-        """Give the shape of one unit's activations."""
+        """Return the shape of one unit's activations."""
         first = unit * self.unit_sequences
         count = min(self.unit_sequences, self.sequences - first)
         return count, self.tokens, self.width
 
 
 def slot_shape(plan: QuantizationPlan, width: int) -> SlotShape:
-    """Give the shape of a run's slots."""
+    """Return the shape of a run's slots."""
     return SlotShape(
         sequences=plan.sequences,
         tokens=plan.sequence_length,

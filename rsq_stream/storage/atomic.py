@@ -39,7 +39,7 @@ def make_folder(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a finished, fsynced file its name, durably."""
+    """Rename a finished, fsynced file to its final name, durably."""
     with crash_point("rename", source, target):
         source.replace(target)
     sync_folder(target.parent)
@@ -143,7 +143,7 @@ def error_context(path: Path) -> Iterator[None]:
 
 
 def explanation(path: Path, error: OSError) -> ScratchError:
-    """Give the error that says in one line what went wrong on disk and what to do."""
+    """Return the error that says in one line what went wrong on disk and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(existing(path)).free
         return DiskFullError(
@@ -154,7 +154,7 @@ def explanation(path: Path, error: OSError) -> ScratchError:
 
 
 def existing(path: Path) -> Path:
-    """Give a path, or the nearest folder above it that exists."""
+    """Return a path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path

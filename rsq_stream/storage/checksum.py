@@ -20,5 +20,5 @@ class Checksum:
 
 
 def checksum(content: bytes | memoryview) -> int:
-    """Give the checksum of bytes that are all there."""
+    """Return the checksum of bytes that are all there."""
     return int(xxhash.xxh3_64_intdigest(content)) >> 1

@@ -27,7 +27,7 @@ def crash_point(kind: str, *paths: Path) -> Iterator[None]:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have an observer told of every step until the end of the block."""
+    """Tell an observer of every step until the end of the block."""
     _observers.append(observer)
     try:
         yield

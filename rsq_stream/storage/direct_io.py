@@ -33,7 +33,7 @@ def has_direct_io(folder: Path) -> bool:
 
 
 def aligned_empty(size_bytes: int) -> NDArray[np.uint8]:
-    """Give a buffer that O_DIRECT can take; it holds whatever was there."""
+    """Return a buffer that O_DIRECT can take; it holds whatever was there."""
     room = np.empty(size_bytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     return room[start : start + size_bytes]
@@ -91,5 +91,5 @@ def read_chunk(
 
 
 def _flag(size_bytes: int, *, direct: bool) -> int:
-    """Give O_DIRECT where it is wanted and a chunk of this size can have it."""
+    """Return O_DIRECT where it is wanted and a chunk of this size can have it."""
     return _DIRECT if direct and size_bytes % ALIGNMENT == 0 else 0

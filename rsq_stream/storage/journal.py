@@ -78,7 +78,7 @@ class Journal:
             )
 
     def _digest(self) -> str:
-        """Give the sha256 of all rows, in an order that SQLite cannot change."""
+        """Return the sha256 of all rows, in an order that SQLite cannot change."""
         digest = hashlib.sha256()
         for name in TABLES:
             digest.update(name.encode())
@@ -97,7 +97,7 @@ class Journal:
         self._database.close()
 
     def get(self, key: str) -> str | None:
-        """Give a fact about the run, None where it is not written."""
+        """Return a fact about the run, None where it is not written."""
         rows = self._rows("SELECT value FROM run WHERE key = ?", key)
         return str(rows[0][0]) if rows else None
 
@@ -163,7 +163,7 @@ class Journal:
         )
 
     def stages(self, block: int) -> int:
-        """Give how many stages of a block are done."""
+        """Return how many stages of a block are done."""
         rows = self._rows("SELECT COUNT(*) FROM stages WHERE block = ?", block)
         return int(rows[0][0])
 
@@ -197,12 +197,12 @@ class Journal:
         )
 
     def source_files(self) -> dict[str, tuple[str, str]]:
-        """Give stamp and sha256 (empty where not known yet) of each source file."""
+        """Return stamp and sha256 (empty where not known yet) of each source file."""
         rows = self._rows("SELECT name, stamp, sha256 FROM source_files ORDER BY name")
         return {name: (stamp, sha256) for name, stamp, sha256 in rows}
 
     def source_tensors(self) -> dict[str, str]:
-        """Give the sha256 of each source tensor that was read."""
+        """Return the sha256 of each source tensor that was read."""
         return dict(self._rows("SELECT name, sha256 FROM source_tensors"))
 
     def finish_shard(self, name: str, size_bytes: int, sha256: str) -> None:
@@ -214,40 +214,40 @@ class Journal:
             )
 
     def last_block(self) -> int | None:
-        """Give the last finished block; -1 where only what is outside is written."""
+        """Return the last finished block; -1 where only what is outside is written."""
         rows = self._rows("SELECT MAX(block) FROM blocks")
         return None if rows[0][0] is None else int(rows[0][0])
 
     def block_seconds(self) -> list[float]:
-        """Give how long each finished block took, in order."""
+        """Return how long each finished block took, in order."""
         return [
             row[0] for row in self._rows("SELECT seconds FROM blocks ORDER BY block")
         ]
 
     def timings(self) -> list[tuple[str, float, int, int]]:
-        """Give what each stage of each block took, as ``finish_block`` had it."""
+        """Return what each stage of each block took, as ``finish_block`` had it."""
         return self._rows(
             "SELECT stage, seconds, host_bytes, device_bytes FROM timings"
             " ORDER BY block, rowid"
         )
 
     def chunks(self, slot: str) -> dict[int, int]:
-        """Give the checksums of a slot's chunks."""
+        """Return the checksums of a slot's chunks."""
         return dict(
             self._rows("SELECT unit, checksum FROM chunks WHERE slot = ?", slot)
         )
 
     def linears(self) -> dict[str, dict[str, Any]]:
-        """Give the records of all solved linears, in the order of the blocks."""
+        """Return the records of all solved linears, in the order of the blocks."""
         rows = self._rows("SELECT name, record FROM linears ORDER BY block, rowid")
         return {name: json.loads(record) for name, record in rows}
 
     def tensors(self) -> dict[str, int]:
-        """Give the checksums of all tensors that are written."""
+        """Return the checksums of all tensors that are written."""
         return dict(self._rows("SELECT name, checksum FROM tensors"))
 
     def shards(self) -> dict[str, tuple[int, str]]:
-        """Give size and sha256 of every shard that has its final name."""
+        """Return size and sha256 of every shard that has its final name."""
         rows = self._rows("SELECT name, bytes, sha256 FROM shards ORDER BY name")
         return {name: (size, sha256) for name, size, sha256 in rows}
 

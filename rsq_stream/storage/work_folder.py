@@ -81,7 +81,7 @@ class WorkFolder:
         return (self.path / JOURNAL).exists()
 
     def recorded(self, key: str) -> str | None:
-        """Give a fact of the unfinished run here; None if its journal is damaged."""
+        """Return a fact of the unfinished run here; None if its journal is damaged."""
         try:
             with Journal(self.path / JOURNAL, read_only=True) as journal:
                 return journal.get(key)
@@ -175,7 +175,7 @@ class WorkFolder:
 def differing_fields(
     before: str, now: str, may_differ: Collection[str]
 ) -> dict[str, tuple[object, object]]:
-    """Give old and new value of each field in which two plans differ."""
+    """Return old and new value of each field in which two plans differ."""
     old, new = json.loads(before), json.loads(now)
     return {
         field: (old.get(field), new.get(field))
@@ -185,7 +185,7 @@ def differing_fields(
 
 
 def mismatch(path: Path, differing: Mapping[str, tuple[object, object]]) -> str:
-    """Say in one line which fields of two plans differ, and the ways out."""
+    """Describe in one line which fields of two plans differ, and the ways out."""
     changes = [
         f"{field}{_MEANING.get(field, '')} was {old!r} and is now {new!r}"
         for field, (old, new) in differing.items()

@@ -49,7 +49,7 @@ def made(tokens: int, outputs: int, inputs: int) -> dict[str, Tensor]:
 def ours(
     given: dict[str, Tensor], pool: Pool, *, shared: bool, share: float, damping: float
 ) -> Tensor:
-    """Give W' from two units of tokens."""
+    """Return W' from two units of tokens."""
     outputs, inputs = given["weight_OI"].shape
     hessian = Hessian(inputs, 32, torch.device("cpu"))
     cross_term = CrossTerm(None if shared else outputs, inputs, 32, torch.device("cpu"))

@@ -10,7 +10,7 @@ from rsq_stream.algorithm.knapsack import Item, allocate
 
 
 def best_of_all(units: list[Item], budget: int) -> tuple[float, int] | None:
-    """Give the least cost, and the least size that has it."""
+    """Return the least cost, and the least size that has it."""
     found = []
     for options in itertools.product(*(range(len(unit.sizes)) for unit in units)):
         size = sum(u.sizes[o] for u, o in zip(units, options, strict=True))

@@ -142,7 +142,7 @@ def test_the_scale_search_finds_the_best(
 
 
 def problem(outputs: int, inputs: int) -> tuple[Tensor, Factor, Tensor]:
-    """Give weights, their factor, and H + lambda I in float64."""
+    """Return weights, their factor, and H + lambda I in float64."""
     mix_II = random(inputs, inputs, seed=7) / math.sqrt(inputs)
     hessian = Hessian(inputs, 64, torch.device("cpu"))
     x_TI = random(3 * inputs, inputs, seed=8) @ mix_II

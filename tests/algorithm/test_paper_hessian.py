@@ -58,7 +58,7 @@ def solved(
 
 @torch.no_grad()
 def formula(source: Path, output: Path, window_BT: Tensor, plan: Any) -> list[Tensor]:
-    """Give each stage's Hessian in float64, from the finished model and the source.
+    """Return each stage's Hessian in float64, from the finished model and the source.
 
     Nothing after a linear changes its inputs, so the finished model has what it read.
     """

@@ -28,7 +28,7 @@ IDS = ["O{}-I{}-g{}-b{}-{}".format(*case) for case in CASES]
 
 
 def problem(outputs: int, inputs: int, tile: int = 64) -> tuple[Tensor, Factor, Tensor]:
-    """Give weights, their factor, and H + lambda I."""
+    """Return weights, their factor, and H + lambda I."""
     random = torch.Generator().manual_seed(outputs * inputs)
     mix_II = torch.randn(inputs, inputs, generator=random) / inputs**0.5
     x_TI = torch.randn(3 * inputs, inputs, generator=random) @ mix_II
@@ -60,7 +60,7 @@ def solved(
 def loss(
     weight_OI: Tensor, found: Solution, grid: IntegerGrid, whole_II: Tensor
 ) -> Tensor:
-    """Give each row's loss in float64, values as a loader decodes them."""
+    """Return each row's loss in float64, values as a loader decodes them."""
     decoded_OI = decode(found.code_OI, found.scale_OG, found.zero_OG, grid.storage_type)
     error_OI = (weight_OI - decoded_OI).double()
     return (error_OI @ whole_II.double() * error_OI).sum(1)

@@ -82,7 +82,7 @@ class Hub:
             return str(link)
 
     def here(self) -> list[str]:
-        """Give the shards in the cache, by their bytes."""
+        """Return the shards in the cache, by their bytes."""
         links = sorted(self.snapshot.glob("*.safetensors"))
         found = [link.name for link in links if link.is_file()]
         blobs = {path.name for path in (self.place / "blobs").iterdir()}

@@ -79,7 +79,7 @@ def transformers_model(folder: Path) -> Any:
 
 
 def log_probabilities(folder: Path, window_BT: Tensor) -> Tensor:
-    """Give what transformers predicts for each next token, ``[B, T - 1, V]``."""
+    """Return what transformers predicts for each next token, ``[B, T - 1, V]``."""
     with torch.no_grad():
         logits_BTV: Tensor = transformers_model(folder)(window_BT).logits
     return logits_BTV[:, :-1].double().log_softmax(-1)

@@ -211,7 +211,7 @@ def test_what_comes_later_changes_nothing_before(toy: Path) -> None:
 def hessians(
     monkeypatch: pytest.MonkeyPatch, toy: Path, output: Path, **settings: Any
 ) -> list[Tensor]:
-    """Give the Hessian of each stage of a run, whole, as it was factorised."""
+    """Return the Hessian of each stage of a run, whole, as it was factorised."""
     found = []
 
     def recording(hessian: Any, *more: Any) -> Any:

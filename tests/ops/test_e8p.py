@@ -186,7 +186,7 @@ def test_faces_agree_with_their_twins(shape: tuple[int, int]) -> None:
 
 
 def problem(decay: float, spread: float = 0.0) -> tuple[Tensor, Factor, Tensor]:
-    """Give Gaussian weights of 96 x 512, their factor, and H in float64.
+    """Return Gaussian weights of 96 x 512, their factor, and H in float64.
 
     The eigenvalues of H fall from 1 to 10^-decay; rows grow by exp(spread N(0, 1)).
     """

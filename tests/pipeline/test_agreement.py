@@ -76,7 +76,7 @@ def test_the_papers_preset_agrees_with_the_textbook(
 def perplexities(
     shared: Path, tmp_path: Path, settings: Settings
 ) -> tuple[float, float]:
-    """Give the perplexity of what we make, and of what the textbook makes."""
+    """Return the perplexity of what we make, and of what the textbook makes."""
     folder = shared / "models" / "tinystories-656K"
     text = read_text(str(shared / "data/tinystories/validation.jsonl"), 0)
     tokenizer = load_tokenizer(folder)

@@ -263,7 +263,7 @@ def test_the_output_has_the_bits_that_were_asked_for(
 
 
 def least_bpw(toy: Path) -> float:
-    """Give the bits per weight of the smallest output."""
+    """Return the bits per weight of the smallest output."""
     checkpoint = open_toy(toy)
     plan, _ = plan_toy(toy, **SETTINGS)
     from rsq_stream.output.layout import output_bits, source_weights

@@ -35,7 +35,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def needed(toy: Path, output: Path) -> int:
-    """Give what the planner wants for a whole run."""
+    """Return what the planner wants for a whole run."""
     settings = {k: v for k, v in RUN.items() if k != "execution"}
     plan, _ = plan_toy(toy, **settings)
     made = execution_for(toy, plan, options_for(output))

@@ -120,7 +120,7 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def plain_model(folder: Path, state: dict[str, Tensor]) -> Any:
-    """Give the folder's model without any quantizer, filled with fp32 tensors."""
+    """Return the folder's model without any quantizer, filled with fp32 tensors."""
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -63,7 +63,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 def place_of(partial: Path, name: str) -> int:
-    """Give where a tensor begins in a shard."""
+    """Return where a tensor begins in a shard."""
     raw = partial.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     entries = parse_header(raw[8 : 8 + length], "x", len(raw) - 8 - length, "here")

@@ -97,7 +97,7 @@ def small_toy(folder: Path, name: str, **config: Any) -> Path:
 
 
 def part_keys() -> None:
-    """Give SmolLM3 blocks of two kinds."""
+    """Return SmolLM3 blocks of two kinds."""
     FAMILIES.remove("smollm3")
     FAMILIES.add("smollm3", dataclasses.replace(SMOLLM3, stages=keys_apart))
 

@@ -36,7 +36,7 @@ class FakeStream:
 
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> SideStream:
-    """Give a copy stream of a CUDA that only writes down what it is asked."""
+    """Return a copy stream of a CUDA that only writes down what it is asked."""
     LOG.clear()
     current = [FakeStream(COMPUTE)]
 

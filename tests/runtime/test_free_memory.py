@@ -25,7 +25,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def second(folder: str, limit: str, current: int, inactive: int) -> dict[str, str]:
-    """Give the files of a group of version 2."""
+    """Return the files of a group of version 2."""
     return {
         f"sys/fs/cgroup/{folder}memory.max": f"{limit}\n",
         f"sys/fs/cgroup/{folder}memory.current": f"{current}\n",

@@ -244,7 +244,7 @@ def _anonymous_bytes() -> int:
 
 @contextmanager
 def peak_growth(every_s: float = 0.002) -> Iterator[list[int]]:
-    """Give a list that holds the peak of anonymous memory above the start's."""
+    """Return a list that holds the peak of anonymous memory above the start's."""
     start, peak, done = _anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:

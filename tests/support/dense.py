@@ -9,14 +9,14 @@ from rsq_stream.model.architecture import Architecture
 
 
 def matrix_of(rotation: Rotation) -> Tensor:
-    """Give Q in float64."""
+    """Return Q in float64."""
     return rotation.apply(torch.eye(rotation.size, dtype=torch.float64))
 
 
 def textbook_rotations(
     plan: QuantizationPlan, architecture: Architecture
 ) -> dict[str, Tensor]:
-    """Give the matrices by the names that ``textbook.rotate`` has for them."""
+    """Return the matrices by the names that ``textbook.rotate`` has for them."""
     kinds = {
         "q_DD": (plan.residual_rotation, architecture.width),
         "r_KK": (plan.value_rotation, architecture.head_width),

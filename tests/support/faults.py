@@ -139,7 +139,7 @@ class Chooser(Protocol):
     """What decides about each thing that may be lost."""
 
     def __call__(self, what: str, choices: int) -> int:
-        """Give one of ``choices``; 0 keeps the thing as it is."""
+        """Return one of ``choices``; 0 keeps the thing as it is."""
         ...
 
 
@@ -203,7 +203,7 @@ class Ledger:
             }
 
     def after_a_cut(self, image: Image, choose: Chooser) -> Image:
-        """Give the disk as a power cut may leave it."""
+        """Return the disk as a power cut may leave it."""
         left = dict(image)
         for path in sorted(self.dirty & left.keys()):
             now, before = left[path], self.durable.get(path) or b""

@@ -135,14 +135,14 @@ def _check_shards(folder: Path, shards: int, block: str) -> None:
 
 
 def toy_windows(vocabulary: int, samples: int, length: int, seed: int) -> Windows:
-    """Give random tokens as calibration windows, not expanded."""
+    """Return random tokens as calibration windows, not expanded."""
     generator = torch.Generator().manual_seed(seed)
     size = (samples, length)
     return Windows(torch.randint(0, vocabulary, size, generator=generator).int(), 1)
 
 
 def toy_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """Give a tokenizer whose tokens are ASCII characters; kept in a folder if asked.
+    """Return a tokenizer whose tokens are ASCII characters; kept in a folder if asked.
 
     BOS is 2 and comes first where special tokens are asked for; EOS is 3.
     """
@@ -173,7 +173,7 @@ def plan_toy(
     plan: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[QuantizationPlan, Windows | None]:
-    """Give the plan of a toy run and its windows; ``rtn`` gets none."""
+    """Return the plan of a toy run and its windows; ``rtn`` gets none."""
     checkpoint = open_toy(folder)
     chosen = Settings(**SMALL_SETTINGS | settings)
     if windows is None and chosen.method != "rtn":
@@ -225,7 +225,7 @@ def job_of(checkpoint: Checkpoint, **parts: Any) -> Job:
 
 
 def options_for(output: Path, **fields: Any) -> RunOptions:
-    """Give run options with the work folder beside the output."""
+    """Return run options with the work folder beside the output."""
     work_dir = output.with_name(output.name + ".work")
     return RunOptions(**{"output": output, "work_dir": work_dir} | fields)
 
@@ -233,7 +233,7 @@ def options_for(output: Path, **fields: Any) -> RunOptions:
 def execution_for(
     folder: Path, plan: QuantizationPlan, options: RunOptions, **fields: Any
 ) -> ExecutionPlan:
-    """Give the planner's execution plan, some fields replaced."""
+    """Return the planner's execution plan, some fields replaced."""
     checkpoint = open_toy(folder)
     architecture = inspect_checkpoint(checkpoint)
     made = plan_execution(checkpoint, architecture, plan, options)
@@ -241,12 +241,12 @@ def execution_for(
 
 
 def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    """Give the bytes of a folder's files by name."""
+    """Return the bytes of a folder's files by name."""
     return {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
 
 
 def decoded_state(output: Path) -> dict[str, Tensor]:
-    """Give an output's tensors by the names of the model, linears decoded."""
+    """Return an output's tensors by the names of the model, linears decoded."""
     checkpoint = open_toy(output)
     architecture = read_architecture(checkpoint.config, str(output))
     schemes = schemes_of(checkpoint.config, architecture, str(output))
@@ -296,14 +296,14 @@ class Recorder:
 
 
 def quick_folder() -> Path | None:
-    """Give a folder in memory, where there is one: a sync costs nothing there."""
+    """Return a folder in memory, where there is one: a sync costs nothing there."""
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 32
     return memory if roomy else None
 
 
 def linear_names(blocks: int) -> list[str]:
-    """Give the full names of all linears of the blocks."""
+    """Return the full names of all linears of the blocks."""
     return [block_prefix(b) + name for b in range(blocks) for name in LINEARS]
 
 

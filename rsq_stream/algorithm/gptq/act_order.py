@@ -20,7 +20,7 @@ from rsq_stream.algorithm.gptq.solver import Solution
 def group_aware_order(
     diagonal_I: Float[Tensor, "I"], group_size: int
 ) -> Int[Tensor, "I"]:
-    """Give the columns in the order to quantize them; -1 is one group of all.
+    """Return the columns in the order to quantize them; -1 is one group of all.
 
     Equal entries keep their order, so the answer is the same everywhere.
     """
@@ -42,7 +42,7 @@ def reorder(hessian: Hessian, order_I: Int[Tensor, "I"]) -> None:
 
 
 def put_back(solution: Solution, order_I: Int[Tensor, "I"]) -> Solution:
-    """Give a solution of permuted columns with the columns where they belong."""
+    """Return a solution of permuted columns with the columns where they belong."""
     inverse_I = torch.empty_like(order_I)
     inverse_I[order_I] = torch.arange(len(order_I)).to(order_I)
     groups = solution.scale_OG.shape[1]

@@ -78,7 +78,7 @@ class CrossTerm:
         factor: Factor,
         share: float,
     ) -> Float[Tensor, "R I"]:
-        """Give share G (H + lambda I)^-1 for some rows of W, with the solver's factor.
+        """Compute share G (H + lambda I)^-1 for rows of W, with the solver's factor.
 
         H + lambda I = U D U^T, so it is two triangular solves a row: rows are
         independent. W is in the model's order, what is given in that of the Hessian.
@@ -113,7 +113,7 @@ def accumulate(
 def stream_error(
     full_TI: Tensor, u_TI: Tensor, weight_T: Float[Tensor, "T"]
 ) -> Float[Tensor, "T I"]:
-    """Give w (u_full - u), of inputs or of residuals.
+    """Return w (u_full - u), of inputs or of residuals.
 
     Of inputs it makes ``CrossTerm`` accumulate C - H.
     """

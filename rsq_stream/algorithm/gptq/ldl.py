@@ -45,7 +45,7 @@ class Factor:
     """lambda itself."""
 
     def hessian_block(self, start: int, end: int) -> Float[Tensor, "W W"]:
-        """Give H + lambda I of some rows and columns, from the half that keeps H.
+        """Return H + lambda I of some rows and columns, from the half that keeps H.
 
         ``start`` and ``end`` are at ends of blocks.
         """
@@ -62,7 +62,7 @@ class Factor:
     def gradients(
         self, error_RI: Float[Tensor, "R I"], start: int, end: int
     ) -> tuple[Float[Tensor, "R W"], Float[Tensor, "W W"]]:
-        """Give some columns of E (H + lambda I), and H + lambda I among them."""
+        """Compute some columns of E (H + lambda I), and H + lambda I among them."""
         wide, inputs = self.blocks[0].shape[0], self.matrix_II.shape[0]
         first = start - start % wide
         last = min(-(-end // wide) * wide, inputs)

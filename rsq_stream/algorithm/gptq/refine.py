@@ -152,7 +152,7 @@ class Refinement:
         self.tile.scale_RG[:, group] = torch.where(better_R, moved_R, scale_R)
 
     def _units(self, columns: slice, group: int) -> Tensor:
-        """Give what codes of a group stand for before the scale."""
+        """Return what codes of a group stand for before the scale."""
         return self.grid.units(
             self.tile.code_RI[:, columns], self.tile.zero_RG[:, group, None]
         )

@@ -138,7 +138,7 @@ def solve(
 def decoded(
     solution: Solution, grid: Grid, kind: torch.dtype = torch.float32
 ) -> Tensor:
-    """Give the weights as a loader will see them, in a type that is exact for them."""
+    """Return the weights as a loader sees them, in a type that holds them exactly."""
     parts = (solution.code_OI, solution.scale_OG, solution.zero_OG)
     rows = max(1, DECODED // solution.code_OI.shape[1])
     made_OI = torch.empty_like(solution.code_OI, dtype=kind)

@@ -41,7 +41,7 @@ class Weighting:
     """Do not round to bf16."""
 
     def weights(self, score_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Give weights of mean 1 per sequence, rounded to bf16 unless exact."""
+        """Return weights of mean 1 per sequence, rounded to bf16 unless exact."""
         score_BT = -score_BT if self.reverse else score_BT
         score_BT = transformed(seen(score_BT, self.visible), self.transform)
         spread_BT = affine(
@@ -71,7 +71,7 @@ def seen(score_BT: Float[Tensor, "B T"], visible: str) -> Float[Tensor, "B T"]:
 
 
 def transformed(score_BT: Float[Tensor, "B T"], transform: str) -> Float[Tensor, "B T"]:
-    """Give scores whose largest do not decide the scale of all.
+    """Return scores whose largest do not decide the scale of all.
 
     ``log`` is that of the distance from the least score, plus the median distance, so
     that it is defined for any scores; ``rank`` counts the smaller scores, and the
@@ -124,7 +124,7 @@ def lowest(score_BT: Float[Tensor, "B T"], share: float) -> Tensor:
 def binned(
     score_BT: Float[Tensor, "B T"], bins: int, minimum: float, maximum: float
 ) -> Float[Tensor, "B T"]:
-    """Give tokens, by rank, one of ``bins`` weights evenly from minimum to maximum."""
+    """Weigh tokens, by rank, with ``bins`` weights evenly from minimum to maximum."""
     rank_BT = transformed(score_BT, "rank")
     bin_BT = (rank_BT * bins / score_BT.shape[1]).floor().clamp(max=bins - 1)
     return minimum + (maximum - minimum) * bin_BT / max(1, bins - 1)

@@ -26,7 +26,7 @@ def _is_prime(number: int) -> bool:
 
 @functools.cache
 def paley(order: int) -> Tensor | None:
-    """Give a Hadamard matrix of this order by Paley's constructions, or None.
+    """Return a Hadamard matrix of this order by Paley's constructions, or None.
 
     Returns an int8 matrix ``[order, order]``. ``paley(12)`` exists (11 is a prime
     of the form 4 k + 3), ``paley(28)`` too (13 is one of the form 4 k + 1).
@@ -81,7 +81,7 @@ def factors_of(order: int) -> tuple[int, int] | None:
 
 
 def largest_factor(order: int) -> int:
-    """Give the largest divisor of ``order`` that is itself a Hadamard order.
+    """Return the largest divisor of ``order`` that is itself a Hadamard order.
 
     ``largest_factor(172) == 4``; ``largest_factor(160) == 160``.
     """
@@ -95,7 +95,7 @@ def _divisors(order: int) -> list[int]:
 
 @functools.cache
 def sylvester(order: int) -> Tensor:
-    """Give the Sylvester-Hadamard matrix of a power of two, int8 ``[n, n]``."""
+    """Return the Sylvester-Hadamard matrix of a power of two, int8 ``[n, n]``."""
     matrix = torch.ones(1, 1, dtype=torch.int8)
     step = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
     while matrix.shape[0] < order:
@@ -104,7 +104,7 @@ def sylvester(order: int) -> Tensor:
 
 
 def kronecker_factors(order: int) -> list[Tensor]:
-    """Give small matrices whose Kronecker product is a Hadamard matrix."""
+    """Return small matrices whose Kronecker product is a Hadamard matrix."""
     split = factors_of(order)
     if split is None:
         raise ValueError(f"no Hadamard matrix of order {order} can be built here")

@@ -57,7 +57,7 @@ class Rotation:
         return mixed_LKH.transpose(1, 2).reshape(x_LN.shape)
 
     def fingerprint(self) -> float:
-        """Give a number that another construction of Q can be checked with.
+        """Return a number that another construction of Q can be checked with.
 
         ``sum_j (x Q)_j cos(j)`` of the row ``x_j = (j mod 97) / 97``, j from 0; six
         decimals.

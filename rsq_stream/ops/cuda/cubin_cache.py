@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 
 
 def cubin(kernel: Kernel, architecture: str, folder: Path | None = None) -> bytes:
-    """Give a kernel's cubin, from disk or compiled and put there.
+    """Return a kernel's cubin, from disk or compiled and put there.
 
     Raises
     ------

@@ -83,7 +83,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 
 def packed(arguments: Sequence[Argument]) -> list[Any]:
-    """Give each argument as the C value that its kernel declares."""
+    """Return each argument as the C value that its kernel declares."""
     made: list[Any] = []
     for value in arguments:
         if isinstance(value, Tensor):
@@ -96,7 +96,7 @@ def packed(arguments: Sequence[Argument]) -> list[Any]:
 
 
 def by_rows(matrix: Tensor) -> Tensor:
-    """Give a matrix whose rows are dense, whatever lies between them."""
+    """Return a matrix whose rows are dense, whatever lies between them."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
@@ -133,7 +133,7 @@ def architecture_of(device: int) -> str:
 
 
 def shared_limit(device: torch.device) -> int:
-    """Give the shared memory, in bytes, that a block may ask for."""
+    """Return the shared memory, in bytes, that a block may ask for."""
     return _shared_limit(device.index or 0)
 
 

@@ -72,7 +72,7 @@ def _bindings() -> ModuleType:
 
 
 def _complaint(nvrtc: ModuleType, program: Any) -> str:
-    """Give the first line of the compiler's log that names an error."""
+    """Return the first line of the compiler's log that names an error."""
     size = int(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))[0])
     log = bytes(size)
     _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))

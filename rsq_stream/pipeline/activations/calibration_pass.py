@@ -94,7 +94,7 @@ class CalibrationPasses:
             self.listener(Notice(text=text))
 
     def checked(self, items: Iterable[Result]) -> Iterator[Result]:
-        """Give items one by one; stops between two if somebody asked for it."""
+        """Yield items one by one; stop between two if a stop was asked for."""
         for item in items:
             self.check()
             yield item
@@ -105,7 +105,7 @@ class CalibrationPasses:
 
 
 def stopper(stop: threading.Event) -> Callable[[], None]:
-    """Give a check that raises once a stop was asked for."""
+    """Return a check that raises once a stop was asked for."""
 
     def check() -> None:
         if stop.is_set():

@@ -9,7 +9,7 @@ from rsq_stream.errors import NumericalError
 def require_finite(
     x_BTI: Tensor, block: int, stage: str, first_sequence: int
 ) -> Tensor:
-    """Give the tensor back, or name the first place that is NaN or infinite.
+    """Return the tensor back, or name the first place that is NaN or infinite.
 
     Raises
     ------
@@ -55,7 +55,7 @@ class FiniteWatch:
             self._bad_BT = torch.zeros(size, dtype=torch.bool, device=device)
 
     def see(self, x_BTI: Tensor, first_sequence: int) -> Tensor:
-        """Give the tensor back; on the CPU a bad one is refused at once.
+        """Return the tensor back; on the CPU a bad one is refused at once.
 
         Raises
         ------

@@ -86,7 +86,7 @@ class RunSlots:
         ]
 
     def inputs_of(self, block: int) -> list[Slot]:
-        """Give each stream's slot with a block's input, the output of the last."""
+        """Return each stream's slot with a block's input, the output of the last."""
         return [turns[block % 2] for turns in self._streams]
 
     def release_inputs_of(self, block: int) -> None:
@@ -98,7 +98,7 @@ class RunSlots:
             slot.release()
 
     def of_block(self, block: int) -> list[Slots]:
-        """Give a block's slots, by stream."""
+        """Return a block's slots, by stream."""
         return [
             Slots(
                 x=turns[block % 2],
@@ -127,7 +127,7 @@ def copies_aside(device: torch.device) -> bool:
 
 
 def copy_stream(device: torch.device) -> CopyStream | None:
-    """Give a stream for copies to or from a GPU; none where the host computes."""
+    """Return a stream for copies to or from a GPU; none where the host computes."""
     return SideStream(device) if copies_aside(device) else None
 
 

@@ -58,12 +58,12 @@ class Stream:
         return compute[stage.input](unit, read_BTD)
 
     def _attention_in(self, unit: int, x_BTD: Tensor) -> StageInput:
-        """Give a = norm1(x)."""
+        """Compute a = norm1(x)."""
         del unit
         return StageInput(self.block.attention_input(self._computed(x_BTD)))
 
     def _attention_out(self, unit: int, x_BTD: Tensor) -> StageInput:
-        """Give c, by the present q, k, v."""
+        """Compute c by the present q, k, v."""
         c_BTI = self._attention_output(x_BTD)
         if unit < self.slots.resident:
             self._attention.put(unit, c_BTI)
@@ -74,7 +74,7 @@ class Stream:
         return self._stored(self.block.attention_output(a_BTD))
 
     def _mlp_in(self, unit: int, x_BTD: Tensor) -> StageInput:
-        """Give m, by the present o; h is kept for the passes that follow."""
+        """Compute m by the present o; h is kept for the passes that follow."""
         x_BTD = self._computed(x_BTD)
         if unit in self._attention:
             c_BTI = self._attention.take(unit).to(x_BTD.device)
@@ -85,7 +85,7 @@ class Stream:
         return StageInput(self.block.mlp_input(self._computed(h_BTD)))
 
     def _mlp_inner(self, unit: int, h_BTD: Tensor) -> StageInput:
-        """Give u, by the present gate and up."""
+        """Compute u by the present gate and up."""
         m_BTD = self.block.mlp_input(self._computed(h_BTD))
         u_BTI = self.block.mlp_output(m_BTD)
         if unit < self.slots.cached_mlp_units:

@@ -136,7 +136,7 @@ class BlockSensitivity:
         return Scheme(bits, scheme.group_size, scheme.symmetric)
 
     def _shares(self) -> dict[str, float]:
-        """Give by how much of its energy the output moves for each rounded linear."""
+        """Return by how much of its energy the output moves for each rounded linear."""
         block, pool = self.stream.block, self._passes.pool
         tokens = self._plan.unit_tokens
         units = min(self._plan.units, -(-PROBE_TOKENS // tokens))

@@ -81,7 +81,7 @@ def choose_bits(
     costs: Costs,
     bpw: float,
 ) -> Choice:
-    """Give the plan whose output has ``bpw`` bits per weight at the least cost.
+    """Return the plan whose output has ``bpw`` bits per weight at the least cost.
 
     Overrides that the plan has already stay as they are.
     """
@@ -135,7 +135,7 @@ def choose_bits(
 
 
 def _most_common(bits: dict[str, int]) -> int:
-    """Give the bits that most linears have, of equal counts the fewer bits."""
+    """Return the bits that most linears have, of equal counts the fewer bits."""
     counts = Counter(bits.values())
     return min(counts, key=lambda number: (-counts[number], number), default=BITS[0])
 

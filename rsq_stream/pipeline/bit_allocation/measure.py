@@ -39,7 +39,7 @@ from rsq_stream.storage.work_folder import MEASURED, WorkFolder
 
 
 def sensitivity_plan(plan: QuantizationPlan) -> QuantizationPlan:
-    """Give what the measured costs depend on: all but the bits and the solver's extras.
+    """Return the plan that costs depend on: without bits and the solver's extras.
 
     Every linear is measured, also those that have their bits already.
     """

@@ -38,7 +38,7 @@ def rotation_bytes(
 
 
 def largest_linear(architecture: Architecture) -> int:
-    """Give the weights of a block's largest linear."""
+    """Return the weights of a block's largest linear."""
     return max(
         prod(architecture.shape(linear))
         for block in architecture.kinds()

@@ -63,7 +63,7 @@ def memory_limits(options: RunOptions, used_bytes: int | None = None) -> MemoryL
 def fitted(
     memory: StageMemoryModel, room: MemoryLimits, *, may_keep: bool = True
 ) -> StageMemoryModel:
-    """Give the plan with as many units in flight as fit, at most its own.
+    """Return the plan with as many units in flight as fit, at most its own.
 
     Fewer units cost a GPU little; weights that are fetched for each use cost it more,
     so they come last. Where the host has no room for the solver's weights, a GPU ``may
