@@ -24,7 +24,7 @@ class ExecutionPlan:
     cached_mlp_units: int
     """Units whose MLP is not computed again for the block's outputs."""
     mlp_bytes: int
-    """Host memory that these take, from the fourth stage to the outputs."""
+    """Host memory that these take, from the MLP's last stage to the outputs."""
     slots: int
     """Activation slots alive at once."""
     slot_bytes: int

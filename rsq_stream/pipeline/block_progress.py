@@ -2,7 +2,7 @@
 
 A killed run repeats at most the stage it was in. What a later stage needs of the
 earlier ones is on disk when their rows are committed: codes in the partial shard,
-the tokens' weights after the first stage, h after the third.
+the tokens' weights after the first stage, h after the stage that writes it.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Inputs and outputs of successive blocks take turns in two slots; h has a third.
 None is overwritten while a resumed run may still need it: a block's input lives
-until the block is journalled, h until the next block's third stage.
+until the block is journalled, h until the next block writes its own.
 """
 
 from collections.abc import Callable, Sequence

@@ -30,9 +30,9 @@ class Stream:
     slots: Slots
     plan: QuantizationPlan
     _attention: TensorArena = field(init=False)
-    """Attention outputs of resident units, between the second and third stage."""
+    """Attention outputs of resident units, until h is computed from them."""
     _mlp: TensorArena = field(init=False)
-    """u of some units, between the fourth stage and the block's outputs."""
+    """u of some units, from its stage to the block's outputs."""
 
     def __post_init__(self) -> None:
         shape = self.slots.x.shape
@@ -117,7 +117,7 @@ class Stream:
     def advance(self, passes: CalibrationPasses, index: int) -> None:
         """Write x', durably: the next block's input.
 
-        u may be at hand from the fourth stage: down alone has changed since.
+        Reuse u where its stage cached it, because only ``down_proj`` has changed since.
         """
         slots, device = self.slots, self.block.device
         slots.x_next.renew()

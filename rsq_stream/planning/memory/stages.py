@@ -1,6 +1,6 @@
 """The memory of each stage of a block, from sizes alone: nothing is allocated here.
 
-A block is read and rotated; then each of its four stages makes a pass over the units,
+A block is read and rotated; then each of its stages makes a pass over the units,
 factorises its Hessian and solves its linears one by one; a last pass writes the
 block's outputs. On a GPU the device holds what is computed with, and the host the
 solver's fp32 weights and the units on their way; elsewhere the host holds all of it.
