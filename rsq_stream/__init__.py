@@ -16,12 +16,12 @@ from rsq_stream.errors import RsqError as RsqError
 if TYPE_CHECKING:
     from rsq_stream.api import choose_bits as choose_bits
     from rsq_stream.api import evaluate as evaluate
-    from rsq_stream.api import load_model as load_model
     from rsq_stream.api import plan as plan
     from rsq_stream.api import prepare as prepare
     from rsq_stream.api import quantize as quantize
     from rsq_stream.api import run_options as run_options
     from rsq_stream.api import verify as verify
+    from rsq_stream.checkpoint.loading import load_model as load_model
 
 __version__ = "0.1.0"
 
@@ -43,4 +43,5 @@ __all__ += _FUNCTIONS
 def __getattr__(name: str) -> Any:
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("rsq_stream.api"), name)
+    room = "checkpoint.loading" if name == "load_model" else "api"
+    return getattr(importlib.import_module(f"rsq_stream.{room}"), name)

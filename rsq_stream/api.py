@@ -13,7 +13,6 @@ where a run was stopped.
 import dataclasses
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,30 +20,18 @@ from typing import Any
 import torch
 
 from rsq_stream.calibration.text import read_text
-from rsq_stream.checkpoint.loading import load_model as load_model
 from rsq_stream.checkpoint.manifest import served_rounding
 from rsq_stream.checkpoint.opening import Model, open_checkpoint, tokenizer_of
 from rsq_stream.checkpoint.shards import Checkpoint
-from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.config.run_options import RunOptions
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError
-from rsq_stream.evaluation.generation import greedy_sample
-from rsq_stream.evaluation.perplexity import (
-    Evaluation,
-    evaluation_windows,
-    require_text,
-    window_length,
-)
-from rsq_stream.evaluation.perplexity import evaluate as evaluate_windows
+from rsq_stream.evaluation.progress import counting_on
+from rsq_stream.evaluation.result import Evaluated, require_text
 from rsq_stream.events import Listener, ignore
 from rsq_stream.output.verify import Verification
-from rsq_stream.output.verify import verify as verify_folder
 from rsq_stream.pipeline.bit_allocation.choose_bits import Choice, require_reachable
-from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits as choose
-from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
 from rsq_stream.pipeline.job import Job, RunSummary
-from rsq_stream.pipeline.quantize import quantize as run
 from rsq_stream.planning.calibration import calibration_windows
 from rsq_stream.planning.devices import (
     limit_to_card,
@@ -71,7 +58,8 @@ def plan(
     """Open the model, check every setting, and plan; no text is read, nothing written.
 
     The plan lacks the hash of the calibration windows. With ``imagined`` the GPU of
-    ``options`` need not be here.
+    ``options`` need not be here. On a GPU torch stays deterministic, and limited to
+    ``vram``, afterwards: call this before anything else uses CUDA.
 
     Raises
     ------
@@ -96,7 +84,8 @@ def plan(
     if options.vram_bytes is not None and not imagined:
         options = within_card(options, listener)
     execution = plan_execution(checkpoint, architecture, quantization, options)
-    limit_to_card(options)
+    if not imagined:
+        limit_to_card(options)
     return Job(
         checkpoint=checkpoint,
         architecture=architecture,
@@ -150,10 +139,18 @@ def choose_bits(
 
     Raises
     ------
+    UsageError
+        ``bpw`` is out of reach, or the job has no calibration windows.
     Interrupted
         ``stop`` was set: finished blocks are kept.
     """
+    from rsq_stream.pipeline.bit_allocation.choose_bits import choose_bits as choose
+    from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
+
     parts = job.checkpoint, job.architecture
+    if job.windows is None:
+        raise UsageError("bits are chosen by calibration text: give a job of prepare()")
+    require_reachable(*parts, job.plan, bpw)
     measuring = sensitivity_plan(job.plan)
     # Libraries and text that came since are in what each plan has to spare.
     used = job.execution.used_bytes
@@ -185,26 +182,12 @@ def quantize(
     RsqError
         Whatever else went wrong, in one line.
     """
+    from rsq_stream.pipeline.quantize import quantize as run
+
     job = prepare(model, settings, options, revision=revision, listener=listener)
     if settings.bpw is not None:
         job, _ = choose_bits(job, settings.bpw, listener=listener, stop=stop)
     return run(job, listener=listener, stop=stop)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What a text says of a model, and how the model was served."""
-
-    evaluation: Evaluation
-    sequence_length: int
-    """Tokens of a window."""
-    simulated: ActivationRounding
-    """The activations that were rounded."""
-    calibrated_for: ActivationRounding
-    against: ActivationRounding | None
-    """The activations of the other model that were rounded."""
-    sample: str | None
-    """What the model writes after the prompt, if one was given."""
 
 
 def evaluate(
@@ -244,9 +227,15 @@ def evaluate(
         if value is not None and value < least:
             raise UsageError(f"{option} must be {least} or more, not {value}")
     place = pick_device(device)
+
+    from rsq_stream.evaluation.generation import greedy_sample
+    from rsq_stream.evaluation.perplexity import evaluate as evaluate_windows
+    from rsq_stream.evaluation.perplexity import evaluation_windows, window_length
+
     checkpoint = _opened(model)
     other = _opened(against) if against is not None else None
     calibrated_for = served_rounding(checkpoint)
+    other_rounding = served_rounding(other) if other is not None else None
     scheme = calibrated_for.changed(dict(activations or {}))
     length = window_length(checkpoint, sequence_length)
     window_BT = evaluation_windows(
@@ -264,7 +253,7 @@ def evaluate(
         scheme=scheme,
         workers=pick_workers(threads, place),
         device=place,
-        listener=listener,
+        listener=counting_on(listener, [checkpoint, *([other] if other else [])]),
     )
     written = None
     if sample is not None:
@@ -276,7 +265,7 @@ def evaluate(
         sequence_length=length,
         simulated=scheme,
         calibrated_for=calibrated_for,
-        against=served_rounding(other) if other is not None else None,
+        against=other_rounding,
         sample=written,
     )
 
@@ -295,5 +284,7 @@ def verify(output: Model, *, against: Model | Checkpoint | None = None) -> Verif
     CheckpointError
         ``against`` is not the source that the output was made from.
     """
+    from rsq_stream.output.verify import verify as verify_folder
+
     source = _opened(against) if against is not None else None
     return verify_folder(Path(output), source)

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from rsq_stream.events import Event, Listener, RunStarted, StageStarted, UnitsDone
-
 from ..display.progress import shown
 from ..display.text import duration, facts, say, say_json
 from ..options.activations import (
@@ -33,9 +31,8 @@ from ..options.common import (
 )
 
 if TYPE_CHECKING:
-    from rsq_stream.api import Evaluated
-    from rsq_stream.checkpoint.shards import Checkpoint
     from rsq_stream.config.activations import ActivationRounding
+    from rsq_stream.evaluation.result import Evaluated
 
 
 def evaluate_model(
@@ -76,15 +73,12 @@ def evaluate_model(
         "kv_clip": kv_clip,
     }
     from rsq_stream import api
-    from rsq_stream.checkpoint.opening import open_checkpoint
 
-    models = [model] if against is None else [model, against]
-    opened = [open_checkpoint(name) for name in models]
     with shown(silent=quiet or as_json) as listener:
         evaluated = api.evaluate(
-            opened[0],
+            model,
             text,
-            against=opened[1] if against is not None else None,
+            against=against,
             sequence_length=sequence_length,
             max_windows=max_windows,
             bos=bos,
@@ -93,7 +87,7 @@ def evaluate_model(
             sample_tokens=sample_tokens,
             device=device,
             threads=threads,
-            listener=_in_sequence(listener, opened),
+            listener=listener,
         )
     result = as_object(model, text, evaluated)
     if as_json:
@@ -120,26 +114,6 @@ def as_object(model: str, text: str, evaluated: "Evaluated") -> dict[str, Any]:
         "as_calibrated": evaluated.simulated == evaluated.calibrated_for,
         **({} if evaluated.sample is None else {"sample": evaluated.sample}),
     }
-
-
-def _in_sequence(listener: Listener, models: "list[Checkpoint]") -> Listener:
-    """Count the blocks of all models on: evaluation begins again with each model."""
-    from rsq_stream.model.architecture import read_architecture
-
-    blocks = (read_architecture(m.config, m.files.where).blocks for m in models)
-    started = RunStarted(blocks=sum(blocks), first_block=0, tokens=0)
-    block = -1
-
-    def listen(event: Event) -> None:
-        nonlocal block
-        if block < 0:
-            listener(started)
-        block += isinstance(event, StageStarted)
-        if isinstance(event, StageStarted | UnitsDone):
-            event = dataclasses.replace(event, block=block)
-        listener(event)
-
-    return listen
 
 
 def _simulated(

@@ -81,7 +81,7 @@ def kernels() -> list[Finding]:
     """Compile, check and time the CUDA kernels; only compile where no device is."""
     import torch
 
-    from ..doctor.kernels import compiled, on_device, without_device
+    from .kernels import compiled, on_device, without_device
 
     if not torch.cuda.is_available():
         return [Finding("CUDA kernels", None, without_device())]

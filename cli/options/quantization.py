@@ -7,7 +7,7 @@ from rsq_stream.algorithm.grids import GRIDS
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.config.schemes import DEFAULT_GRID
 
-from ..options.declare import flag, value
+from .declare import flag, value
 
 CODES = "What decides the codes"
 

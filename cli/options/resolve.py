@@ -47,11 +47,13 @@ def prepare(
     UsageError
         Options that exclude each other, or ``--vram`` where no GPU computes.
     """
-    from rsq_stream import api
     from rsq_stream.planning.validate import require_consistent
 
     settings = settings_of(options)
     require_consistent(settings)
+
+    from rsq_stream import api
+
     place = run_options_of(model, options, settings, imagined=imagined)
     source, revision = checkpoint or model, options.revision
     if read_calibration:

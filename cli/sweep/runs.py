@@ -163,7 +163,8 @@ def plan_rows(sweep: SweepFile, rows: list[Row], device: str) -> list[Planned]:
 
 def evaluation_of(sweep: SweepFile, planned: list[Planned]) -> EvalOptions:
     """Return the evaluation's options with the window length that they stand for."""
-    from rsq_stream.evaluation.perplexity import require_text, window_length
+    from rsq_stream.evaluation.perplexity import window_length
+    from rsq_stream.evaluation.result import require_text
 
     with refused_by(str(sweep.path)):
         require_text(str(sweep.text), "text")

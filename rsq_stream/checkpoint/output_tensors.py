@@ -7,9 +7,7 @@ import torch
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import OutputTensor
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import (
-    LM_HEAD_LINEAR,
-)
+from rsq_stream.config.schemes import LM_HEAD_LINEAR
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD, block_prefix
 

@@ -8,7 +8,6 @@ tile by tile of tokens and of the vocabulary: neither embedding nor head need be
 import math
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -23,6 +22,7 @@ from rsq_stream.checkpoint.shards import Checkpoint
 from rsq_stream.checkpoint.source import chunk_rows
 from rsq_stream.config.activations import ActivationRounding
 from rsq_stream.errors import CalibrationError, UnsupportedModelError
+from rsq_stream.evaluation.result import Evaluation
 from rsq_stream.evaluation.token_losses import TokenLosses
 from rsq_stream.events import Listener, ignore
 from rsq_stream.model.architecture import read_architecture
@@ -39,44 +39,8 @@ _LOGIT_TOKENS = 256
 """Tokens whose logits are held at a time."""
 _LONGEST = 2048
 """Default tokens of a window, where the model was made for as many."""
-_ENDINGS = (".txt", ".jsonl", ".parquet")
 Tiles = list[tuple[int, list[Tensor]]]
 """Where in the vocabulary a tile begins, and those rows of each model's head."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What a text says of a model."""
-
-    perplexity: float
-    """exp of the mean loss of tokens 2 .. T of each window."""
-    loss: float
-    tokens: int
-    """Tokens that were predicted."""
-    windows: int
-    seconds: float
-    kl_divergence: float | None = None
-    """Mean of KL(other || model) per predicted token, in nats."""
-    against_perplexity: float | None = None
-    """Perplexity of the other model on the same windows."""
-
-
-def require_text(text: str, option: str = "--text") -> None:
-    """Refuse an evaluation text that is no file, or not of a known kind.
-
-    Errors name the file as the value of ``option``.
-
-    Raises
-    ------
-    CalibrationError
-        It is one or the other.
-    """
-    path = Path(text)
-    if not path.is_file():
-        raise CalibrationError(f"{option} {text}: no such file")
-    if path.suffix not in _ENDINGS:
-        wanted = ", ".join(_ENDINGS)
-        raise CalibrationError(f"{option} {text}: must end in one of {wanted}")
 
 
 def window_length(checkpoint: Checkpoint, requested: int | None) -> int:

@@ -6,6 +6,7 @@ A family is known by ``model_type`` in config.json; what it says of its blocks i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -61,8 +62,9 @@ class Architecture:
         stages = self.stages(block)
         return {linear.name: linear for stage in stages for linear in stage.linears}
 
+    @cached_property
     def kinds(self) -> dict[int, int]:
-        """Return the first block of each kind, and how many blocks are of its kind.
+        """The first block of each kind, and how many blocks are of its kind.
 
         A dense model of 32 blocks has one kind: ``{0: 32}``.
         """
@@ -98,7 +100,7 @@ class Architecture:
         """Return the inputs of each linear that any block has, by its name there."""
         return {
             name: self.size(linear.inputs)
-            for block in self.kinds()
+            for block in self.kinds
             for name, linear in self.linears(block).items()
         }
 

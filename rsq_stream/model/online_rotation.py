@@ -65,7 +65,7 @@ def rotated_linears(architecture: Architecture) -> dict[str, str]:
     """
     return {
         linear.online_rotation: name
-        for block in architecture.kinds()
+        for block in architecture.kinds
         for name, linear in architecture.linears(block).items()
         if linear.online_rotation
     }

@@ -49,5 +49,5 @@ def source_weights(architecture: Architecture) -> int:
     outer = sum(prod(shape) for shape in architecture.outer_shapes().values())
     return outer + sum(
         count * architecture.block_entries(block)
-        for block, count in architecture.kinds().items()
+        for block, count in architecture.kinds.items()
     )

@@ -90,7 +90,7 @@ def _manifest(folder: Path, found: Verification) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
         content = manifest_bytes(path)
-    except OSError:
+    except (OSError, OutputError):
         found.problems.append(f"{path}: missing or larger than any manifest")
         return None
     seal = seal_of(content)

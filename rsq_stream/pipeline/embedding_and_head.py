@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.grids._planned import make_grid
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import LM_HEAD_LINEAR
 from rsq_stream.model.tensor_names import EMBEDDING, FINAL_NORM, LM_HEAD
-from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.runtime.worker_pool import Pool
 
 Chunk = dict[str, Tensor]

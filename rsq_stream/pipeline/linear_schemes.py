@@ -2,32 +2,18 @@
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from rsq_stream.algorithm.gptq.solver import Solution
-from rsq_stream.algorithm.grids import GRIDS
+from rsq_stream.algorithm.grids._planned import make_grid
 from rsq_stream.algorithm.grids.base import Grid
 from rsq_stream.checkpoint.formats import FORMATS
-from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.run import QuantizationRun, Run
 
 WriteSolution = Callable[[str, Solution], None]
 """Writes the codes of a block's linear, by its name in the block."""
-
-
-def make_grid(plan: QuantizationPlan, bits: int, storage_type: torch.dtype) -> Grid:
-    """Return the plan's grid of so many bits, for weights of that stored type."""
-    return GRIDS[plan.grid](
-        bits=bits,
-        symmetric=plan.symmetric,
-        signed_scales=plan.signed_scales,
-        clip_exponent=plan.clip_exponent,
-        clip_steps=plan.clip_steps,
-        storage_type=storage_type,
-    )
 
 
 def solution_writer(

@@ -10,6 +10,7 @@ from rsq_stream.algorithm.gptq.error_propagation import CrossTerm
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import factorise
 from rsq_stream.algorithm.gptq.solver import solve
+from rsq_stream.algorithm.grids._planned import make_grid
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import BudgetError
@@ -17,8 +18,8 @@ from rsq_stream.events import Notice
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Group, Linear
 from rsq_stream.model.tensor_names import block_prefix
-from rsq_stream.pipeline.linear_schemes import make_grid
-from rsq_stream.pipeline.run import Run
+from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
+from rsq_stream.pipeline.job import Job
 
 LEAST_INPUTS = 2048
 """Smaller linears are not worth it: their memory is not what a run fails for."""
@@ -34,7 +35,7 @@ def largest_linear(
         return None
     solved = [
         (group, linear, scheme)
-        for block in architecture.kinds()
+        for block in architecture.kinds
         for stage in architecture.stages(block)
         for group in stage.groups
         for linear in group.linears
@@ -59,7 +60,7 @@ def worth_trying(architecture: Architecture, plan: QuantizationPlan) -> bool:
     )
 
 
-def solve_largest_once(run: Run) -> None:
+def solve_largest_once(job: Job, passes: CalibrationPasses) -> None:
     """Accumulate, factorise and solve as a run will, but a tile of rows a worker.
 
     Raises
@@ -67,16 +68,16 @@ def solve_largest_once(run: Run) -> None:
     BudgetError
         Memory ran out.
     """
-    architecture = run.job.architecture
-    largest = largest_linear(architecture, run.job.plan)
+    architecture = job.architecture
+    largest = largest_linear(architecture, job.plan)
     if largest is None:
         return
     group, linear, scheme = largest
     shape = architecture.shape(linear)
     what = f"{linear.role}, {shape[1]} inputs"
-    run.passes.listener(Notice(text=f"trying the largest linear first: {what}"))
+    passes.listener(Notice(text=f"trying the largest linear first: {what}"))
     try:
-        _solve_once(run, shape, scheme, alone=group.alone is not None)
+        _solve_once(job, passes, shape, scheme, alone=group.alone is not None)
     except (MemoryError, RuntimeError) as error:
         if not _ran_out(error):
             raise
@@ -87,10 +88,15 @@ def solve_largest_once(run: Run) -> None:
 
 
 def _solve_once(
-    run: Run, shape: tuple[int, int], scheme: Scheme, *, alone: bool
+    job: Job,
+    passes: CalibrationPasses,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    *,
+    alone: bool,
 ) -> None:
-    plan, device, pool = run.job.plan, run.device, run.passes.pool
-    outputs, inputs = shape
+    plan, pool, (outputs, inputs) = job.plan, passes.pool, shape
+    device = torch.device(job.options.device)
     random = torch.Generator().manual_seed(0)
     compute = getattr(torch, plan.compute_type)
     x_TI = torch.randn(_TOKENS, inputs, generator=random).to(device, compute)

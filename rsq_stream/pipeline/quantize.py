@@ -4,7 +4,7 @@ write -> journal -> next block.
 
 import threading
 import time
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 
 import torch
 from safetensors.torch import save
@@ -49,20 +49,23 @@ def quantize(
     began = time.monotonic()
     with open_run(job, listener, stop or threading.Event()) as run:
         if job.execution.solves_largest_first and job.plan.needs_calibration:
-            solve_largest_once(run)
+            solve_largest_once(run.job, run.passes)
         repairs = Repairs(run)
         first = repairs.repairing(begin)
         for index in range(first, run.job.architecture.blocks):
             repairs.repairing(quantize_block, index)
+            # Apart from the block, which is journalled by now and never done again.
+            repairs.repairing(name_full_shards)
         output_bytes = repairs.repairing(seal)
-        return RunSummary(
+        summary = RunSummary(
             output=run.job.options.output,
-            seconds=time.monotonic() - began,
+            seconds=0.0,
             resumed_at=first,
             records=tuple(run.records),
             output_bytes=output_bytes,
             stages=added_up(StageUsage(*row) for row in run.journal.timings()),
         )
+    return replace(summary, seconds=time.monotonic() - began)
 
 
 def begin(run: QuantizationRun) -> int:
@@ -97,6 +100,7 @@ def write_embedding_and_head(run: QuantizationRun) -> None:
         atomic.write_file(path, save(kept))
         embed_windows(run, windows)
     commit_block(run, NO_BLOCK, 0.0, [])
+    name_full_shards(run)  # `begin`, done again, finds the commit
 
 
 def quantize_block(run: QuantizationRun, index: int) -> None:
@@ -134,7 +138,7 @@ def solve_block(
 def commit_block(
     run: QuantizationRun, index: int, seconds: float, records: list[LinearRecord]
 ) -> None:
-    """Make a block's bytes durable, then journal it, then name full shards."""
+    """Make a block's bytes durable, then journal it."""
     run.output.sync()
     slots = run.calibration.slots if run.calibration else None
     inputs = slots.inputs_of(index + 1) if slots else []
@@ -154,7 +158,6 @@ def commit_block(
             slots.release_inputs_of(index)
         own = tuple(record for record in run.records if record.block == index)
         run.passes.listener(BlockFinished(block=index, seconds=seconds, records=own))
-    name_full_shards(run)
 
 
 def name_full_shards(run: QuantizationRun) -> None:

@@ -96,6 +96,11 @@ def within_card(options: RunOptions, listener: Listener) -> RunOptions:
 
 
 def limit_to_card(options: RunOptions) -> None:
-    """Cap what the allocator takes of a GPU that is here, if the options do."""
-    if options.vram_bytes is not None and torch.cuda.is_available():
-        cap(torch.device(options.device), options.vram_bytes - CONTEXT_BYTES)
+    """Cap what the allocator takes of a GPU; without ``vram`` lift an earlier cap."""
+    if not (options.on_gpu and torch.cuda.is_available()):
+        return
+    device = torch.device(options.device)
+    limit = torch.cuda.mem_get_info(device)[1]
+    if options.vram_bytes is not None:
+        limit = options.vram_bytes - CONTEXT_BYTES
+    cap(device, limit)

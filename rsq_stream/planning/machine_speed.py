@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.solver import solve
+from rsq_stream.algorithm.grids._planned import make_grid
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.ops.column_sums import column_sums
-from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.runtime.worker_pool import Pool, single_threaded_products
 from rsq_stream.storage.atomic import sync_file
 from rsq_stream.storage.direct_io import (

@@ -19,10 +19,7 @@ from rsq_stream.config.importance import ImportanceFields
 from rsq_stream.config.overrides import Override, parse_override, resolve
 from rsq_stream.config.propagation import parse_share
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import (
-    LM_HEAD_LINEAR,
-    UNQUANTIZED,
-)
+from rsq_stream.config.schemes import LM_HEAD_LINEAR, UNQUANTIZED
 from rsq_stream.config.settings import Settings
 from rsq_stream.errors import UsageError, one_of, require
 from rsq_stream.model.architecture import Architecture

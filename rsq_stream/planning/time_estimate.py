@@ -75,7 +75,7 @@ def predict(
         on_gpu=on_gpu,
     )
     stages = {"embedding and head": work.outside()}
-    for block, count in architecture.kinds().items():
+    for block, count in architecture.kinds.items():
         for name, seconds in replace(work, index=block).block().items():
             stages[name] = stages.get(name, 0.0) + count * seconds
     return Prediction(stages)

@@ -134,7 +134,7 @@ def require_valid_importance(
     STRATEGIES[plan.importance].require_options(plan, plan.sequence_length)
     groups = {
         group: tuple(linear.projection for linear in group.linears)
-        for block in architecture.kinds()
+        for block in architecture.kinds
         for stage in architecture.stages(block)
         for group in stage.groups
     }

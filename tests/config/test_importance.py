@@ -8,10 +8,7 @@ from rsq_stream.algorithm.importance import STRATEGIES
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.demo import MODEL
 from rsq_stream.errors import UsageError
-from rsq_stream.planning.validate import (
-    inspect_checkpoint,
-    require_valid_importance,
-)
+from rsq_stream.planning.validate import inspect_checkpoint, require_valid_importance
 from tests.config.test_quantization_plan import named, plan
 from tests.support.toy import open_toy
 

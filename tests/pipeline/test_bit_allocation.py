@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.grids._planned import make_grid
 from rsq_stream.algorithm.grids.integer import decode
 from rsq_stream.checkpoint.source import Source
 from rsq_stream.config.schemes import LM_HEAD_LINEAR
@@ -18,14 +19,13 @@ from rsq_stream.errors import Interrupted, ScratchError, UsageError
 from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
 from rsq_stream.output.layout import output_bits, source_weights
 from rsq_stream.pipeline.activations.stream import Stream
-from rsq_stream.pipeline.bit_allocation.block_sensitivity import BITS, PROBE_BITS, Costs
 from rsq_stream.pipeline.bit_allocation.choose_bits import (
     Choice,
     choose_bits,
     require_reachable,
 )
+from rsq_stream.pipeline.bit_allocation.costs import BITS, PROBE_BITS, Costs
 from rsq_stream.pipeline.bit_allocation.measure import measure, sensitivity_plan
-from rsq_stream.pipeline.linear_schemes import make_grid
 from rsq_stream.planning.validate import inspect_checkpoint
 from rsq_stream.runtime.worker_pool import Pool
 from tests.pipeline.test_out_of_memory import Scarce

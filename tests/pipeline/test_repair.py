@@ -9,7 +9,7 @@ import pytest
 
 from rsq_stream.checkpoint.shards import parse_header
 from rsq_stream.errors import DamagedError, Interrupted, OutputError
-from rsq_stream.events import Event, Notice, StageStarted
+from rsq_stream.events import BlockFinished, Event, Notice, StageStarted
 from tests.pipeline.test_resume import SMALL
 from tests.support.toy import Recorder, contents, run_toy, toy_checkpoint
 
@@ -79,6 +79,48 @@ def goes_on(toy: Path, output: Path, **settings: Any) -> list[str]:
         for event in recorder.events
         if isinstance(event, Notice) and "made again" in event.text
     ]
+
+
+@pytest.mark.parametrize(
+    ("shard_bytes", "block", "name"),
+    [
+        (1 << 20, 2, "model.norm.weight"),
+        (1 << 20, 2, "model.layers.2.input_layernorm.weight"),
+        (9_000, 0, "model.layers.0.input_layernorm.weight"),
+        (9_000, 1, "model.layers.1.post_attention_layernorm.weight"),
+    ],
+)
+def test_a_shard_damaged_before_it_is_named_repeats_no_block(
+    toy: Path, tmp_path: Path, shard_bytes: int, block: int, name: str
+) -> None:
+    """Its last block is journalled by then: what is done again is the naming alone."""
+    parts = {"plan": {"shard_bytes": shard_bytes}}
+    run_toy(toy, tmp_path / "whole", **RUN | parts)
+    output, recorder = tmp_path / "out", Recorder()
+
+    def listener(event: Event) -> None:
+        recorder(event)
+        if isinstance(event, BlockFinished) and event.block == block:
+            _flip_in_place(output, name)
+
+    run_toy(toy, output, listener=listener, **RUN | parts)
+    said = [event.text for event in recorder.events if isinstance(event, Notice)]
+    assert sum("made again from the source" in text for text in said) == 1
+    finished = [e.block for e in recorder.events if isinstance(e, BlockFinished)]
+    assert finished == [0, 1, 2]
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def _flip_in_place(output: Path, name: str) -> None:
+    for partial in output.glob("*.safetensors.partial"):
+        if name.encode() not in partial.read_bytes():
+            continue
+        with partial.open("r+b") as file:
+            place = place_of(partial, name)
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 4]))
 
 
 def _cut(path: Path) -> None:

@@ -46,6 +46,10 @@ class GridPlan(Protocol):
         """Inputs per scale, -1 for the whole row."""
 
     @property
+    def clip_steps(self) -> int:
+        """Candidates of the search for a scale."""
+
+    @property
     def symmetric(self) -> bool:
         """Codes lie around zero, without zero points."""
 

@@ -5,10 +5,7 @@ from typing import Any
 
 from rsq_stream.checkpoint.formats import FORMATS
 from rsq_stream.checkpoint.formats.base import Format
-from rsq_stream.config.schemes import (
-    LM_HEAD_LINEAR,
-    Scheme,
-)
+from rsq_stream.config.schemes import LM_HEAD_LINEAR, Scheme
 from rsq_stream.errors import UnsupportedModelError
 from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.online_rotation import KEY

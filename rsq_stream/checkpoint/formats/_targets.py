@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rsq_stream.config.quantization_plan import QuantizationPlan
-from rsq_stream.config.schemes import (
-    LM_HEAD_LINEAR,
-    Scheme,
-)
+from rsq_stream.config.schemes import LM_HEAD_LINEAR, Scheme
 from rsq_stream.model.architecture import Architecture
 
 _TARGET = re.compile(

@@ -19,6 +19,7 @@ from rsq_stream.algorithm.gptq.hessian import Hessian
 from rsq_stream.algorithm.gptq.ldl import Factor, factorise
 from rsq_stream.algorithm.gptq.loss import weighted_losses
 from rsq_stream.algorithm.gptq.rtn import round_to_nearest
+from rsq_stream.algorithm.grids._planned import make_grid
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.config.schemes import Scheme
 from rsq_stream.errors import NumericalError
@@ -26,18 +27,15 @@ from rsq_stream.model.families.base import Group, Stage
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses
 from rsq_stream.pipeline.activations.stream import Stream
-from rsq_stream.pipeline.linear_schemes import make_grid
+from rsq_stream.pipeline.bit_allocation.costs import (
+    BITS,
+    PROBE_BITS,
+    PROBE_TOKENS,
+    Costs,
+)
 from rsq_stream.pipeline.run import Run
 from rsq_stream.pipeline.stage_statistics import StageStatistics
 from rsq_stream.pipeline.token_importance import TokenImportance
-
-PROBE_TOKENS = 8192
-"""Of the calibration set, as many tokens see each linear rounded."""
-BITS = (2, 3, 4, 5, 6, 8)
-PROBE_BITS = 3
-
-Costs = dict[str, dict[int, float]]
-"""By linear and bits: the mean share of a token's output energy that is lost."""
 
 
 @dataclass(kw_only=True)

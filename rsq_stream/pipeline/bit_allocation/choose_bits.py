@@ -17,7 +17,7 @@ from rsq_stream.model.architecture import Architecture
 from rsq_stream.model.families.base import Group
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.layout import output_bits, source_weights
-from rsq_stream.pipeline.bit_allocation.block_sensitivity import BITS, Costs
+from rsq_stream.pipeline.bit_allocation.costs import BITS, Costs
 
 _TOLERANCE = 0.01
 """Where nothing within this of the target is below it, it may be above by as much."""

@@ -25,11 +25,8 @@ from rsq_stream.pipeline import disk_space
 from rsq_stream.pipeline.activations.calibration_pass import CalibrationPasses, stopper
 from rsq_stream.pipeline.activations.slots import embed
 from rsq_stream.pipeline.activations.stream import Stream
-from rsq_stream.pipeline.bit_allocation.block_sensitivity import (
-    PROBE_BITS,
-    BlockSensitivity,
-    Costs,
-)
+from rsq_stream.pipeline.bit_allocation.block_sensitivity import BlockSensitivity
+from rsq_stream.pipeline.bit_allocation.costs import PROBE_BITS, Costs
 from rsq_stream.pipeline.block_setup import place_weights
 from rsq_stream.pipeline.job import Job
 from rsq_stream.pipeline.run import Calibration, Run, base_run

@@ -41,6 +41,6 @@ def largest_linear(architecture: Architecture) -> int:
     """Return the weights of a block's largest linear."""
     return max(
         prod(architecture.shape(linear))
-        for block in architecture.kinds()
+        for block in architecture.kinds
         for linear in architecture.linears(block).values()
     )

@@ -29,7 +29,7 @@ def _input_of(job: Job, phase: str) -> Activation | None:
     name = phase.partition(":")[0]
     stages = (
         stage
-        for block in job.architecture.kinds()
+        for block in job.architecture.kinds
         for stage in job.architecture.stages(block)
         if stage.name == name
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rsq_stream.config.execution_plan import StageMemory
 from rsq_stream.model.families.base import Group, Linear, Stage
-from rsq_stream.pipeline.bit_allocation.block_sensitivity import PROBE_TOKENS
+from rsq_stream.pipeline.bit_allocation.costs import PROBE_TOKENS
 from rsq_stream.planning.memory.stages import FP32, ROUNDING_BYTES, StageMemoryModel
 
 

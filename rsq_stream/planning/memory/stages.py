@@ -57,7 +57,7 @@ class StageMemoryModel:
     def stages(self) -> tuple[StageMemory, ...]:
         """Return the most that each stage takes in any block, in their order."""
         most: dict[str, StageMemory] = {}
-        for block in self.architecture.kinds():
+        for block in self.architecture.kinds:
             for stage in replace(self, block=block).block_stages():
                 before = most.get(stage.name, stage)
                 most[stage.name] = StageMemory(
