@@ -288,13 +288,13 @@ def test_the_full_precision_stream_stays_as_computed(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    drift_error = error_propagation.cross_term_error
+    cross_term_error = error_propagation.cross_term_error
 
     def recording(quantized: Any, full: Any, *more: Any) -> Tensor:
         seen.append(full.value_BTI)
-        return drift_error(quantized, full, *more)
+        return cross_term_error(quantized, full, *more)
 
-    place = "rsq_stream.pipeline.stage_statistics.drift_error"
+    place = "rsq_stream.pipeline.stage_statistics.cross_term_error"
     monkeypatch.setattr(place, recording)
     settings: dict[str, Any] = {"method": "gptq", "propagate": 0.5} | W4A4KV4
     run_toy(toy, tmp_path / "out", plan={"unit_sequences": 5}, **settings)

@@ -80,7 +80,7 @@ def costs(toy: Path) -> Costs:
     return measured(toy, toy.with_name("once"))
 
 
-def chosen(toy: Path, costs: Costs, bpw: float, **settings: Any) -> Choice:
+def chosen(toy: Path, costs: Costs, bpw: float, /, **settings: Any) -> Choice:
     checkpoint = open_toy(toy)
     plan, _ = plan_toy(toy, **SETTINGS | settings)
     return choose_bits(
