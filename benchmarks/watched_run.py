@@ -35,7 +35,7 @@ import rsq_stream.pipeline.quantize
 import rsq_stream.planning.execution_plan  # noqa: F401  all that a run imports counts before its limit
 from rsq_stream.config.run_options import parse_size
 from rsq_stream.pipeline.stage_profile import StageProfiler
-from rsq_stream.storage.journal import Journal
+from rsq_stream.storage.journal import Journal, Progress
 
 EVERY_S = 0.002
 _COPIES = ("Memcpy", "Memset")
@@ -89,9 +89,11 @@ def follow_blocks() -> list[float]:
     """Return a list that gets the seconds of each block, between stages too."""
     known, found = Journal.finish_block, []
 
-    def finish_block(self: Journal, index: int, seconds: float, *rest: Any) -> None:
-        known(self, index, seconds, *rest)
-        if index >= 0:
+    def finish_block(
+        self: Journal, block: int, progress: Progress, *, seconds: float, **rest: Any
+    ) -> None:
+        known(self, block, progress, seconds=seconds, **rest)
+        if block >= 0:
             found.append(seconds)
 
     Journal.finish_block = finish_block  # type: ignore[method-assign]
