@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-PLACE = "Place and speed (may change on resume)"
+PLACE_PANEL = "Place and speed (may change on resume)"
 
 Model = Annotated[
     str,
@@ -37,7 +37,7 @@ Device = Annotated[
         metavar="cpu|cuda",
         help="Where to compute.",
         show_default="cuda if present",
-        rich_help_panel=PLACE,
+        rich_help_panel=PLACE_PANEL,
     ),
 ]
 Threads = Annotated[
@@ -47,7 +47,7 @@ Threads = Annotated[
         metavar="N",
         help="Units computed side by side on the CPU.",
         show_default="the cores there are",
-        rich_help_panel=PLACE,
+        rich_help_panel=PLACE_PANEL,
     ),
 ]
 DryRun = Annotated[

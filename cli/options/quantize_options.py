@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from .activations import Activations
-from .common import PLACE, Device, Threads
+from .common import PLACE_PANEL, Device, Threads
 from .declare import flag, value
 from .importance import Importance
 from .presets import with_preset
@@ -51,7 +51,7 @@ class QuantizeOptions(Codes, Importance, Activations):
     output: Annotated[
         Path | None,
         value(
-            PLACE,
+            PLACE_PANEL,
             "--output",
             "DIR",
             "Where the quantized model goes: a new or empty folder.",
@@ -61,7 +61,7 @@ class QuantizeOptions(Codes, Importance, Activations):
     work_dir: Annotated[
         Path | None,
         value(
-            PLACE,
+            PLACE_PANEL,
             "--work-dir",
             "DIR",
             "Journal and activations; removed at the end.",
@@ -72,7 +72,7 @@ class QuantizeOptions(Codes, Importance, Activations):
     ram: Annotated[
         str | None,
         value(
-            PLACE,
+            PLACE_PANEL,
             "--ram",
             "SIZE",
             "Host memory the whole process may use, such as 8GiB.",
@@ -82,7 +82,7 @@ class QuantizeOptions(Codes, Importance, Activations):
     vram: Annotated[
         str | None,
         value(
-            PLACE,
+            PLACE_PANEL,
             "--vram",
             "SIZE",
             "GPU memory the whole process may use; plan also takes a card's that is"
@@ -92,12 +92,13 @@ class QuantizeOptions(Codes, Importance, Activations):
     ] = None
     threads: Threads = None
     batch: Annotated[
-        int, value(PLACE, "--batch", "N", "Units in flight.", default="two a thread")
+        int,
+        value(PLACE_PANEL, "--batch", "N", "Units in flight.", default="two a thread"),
     ] = 0
     allow_device_change: Annotated[
         bool,
         flag(
-            PLACE,
+            PLACE_PANEL,
             "--allow-device-change",
             "Go on with a run of another kind of device; other bytes, and recorded.",
             default=False,
@@ -106,7 +107,7 @@ class QuantizeOptions(Codes, Importance, Activations):
     evict_source: Annotated[
         bool,
         flag(
-            PLACE,
+            PLACE_PANEL,
             "--evict-source",
             "Of a hub id: fetch shards ahead, remove them from the cache after use.",
             default=False,
@@ -115,7 +116,7 @@ class QuantizeOptions(Codes, Importance, Activations):
     restart: Annotated[
         bool,
         flag(
-            PLACE,
+            PLACE_PANEL,
             "--restart",
             "Drop an unfinished run in the work folder.",
             default=False,
@@ -123,7 +124,12 @@ class QuantizeOptions(Codes, Importance, Activations):
     ] = False
     keep_work: Annotated[
         bool,
-        flag(PLACE, "--keep-work", "Leave the work folder at the end.", default=False),
+        flag(
+            PLACE_PANEL,
+            "--keep-work",
+            "Leave the work folder at the end.",
+            default=False,
+        ),
     ] = False
 
 

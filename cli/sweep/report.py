@@ -10,7 +10,7 @@ from rsq_stream.errors import RsqError
 from ..display.text import say, say_json, table
 from .folder import SweepFolder
 from .runs import Row, SweepRun
-from .table import MEANING, Line, as_table, line_of
+from .table import MEANING, SweepRow, as_table, sweep_row
 
 
 def list_runs(folder: SweepFolder, runs: Sequence[SweepRun], *, as_json: bool) -> None:
@@ -56,7 +56,7 @@ def report(
         own = {
             run.seed: found for run in wanted if (found := results[run.key]) is not None
         }
-        lines.append((row, line_of(row.name, len(wanted), own), own))
+        lines.append((row, sweep_row(row.name, len(wanted), own), own))
     if as_json:
         say_json(
             {
@@ -80,7 +80,9 @@ def report(
         )
 
 
-def _as_object(row: Row, line: Line, own: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _as_object(
+    row: Row, line: SweepRow, own: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
     return {
         **dataclasses.asdict(line),
         "options": row.options,

@@ -16,8 +16,8 @@ _NONE = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """One line of the table; None for what is not there."""
+class SweepRow:
+    """One row of the table; None for what is not there."""
 
     name: str
     seeds: tuple[int, ...]
@@ -33,13 +33,13 @@ class Line:
     """Mean."""
 
 
-def line_of(
+def sweep_row(
     name: str, wanted_seeds: int, results: Mapping[int, Mapping[str, Any]]
-) -> Line:
-    """Make a line of the results of a row by seed."""
+) -> SweepRow:
+    """Compute one row of the table from the results by seed."""
     values = [float(found["perplexity"]) for found in results.values()]
     several = len(values) > 1 and all(map(math.isfinite, values))
-    return Line(
+    return SweepRow(
         name=name,
         seeds=tuple(results),
         wanted_seeds=wanted_seeds,
@@ -54,12 +54,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def as_table(lines: Sequence[Line]) -> str:
+def as_table(lines: Sequence[SweepRow]) -> str:
     """Write the lines side by side."""
     return table(HEAD, map(_cells, lines))
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: SweepRow) -> tuple[str, ...]:
     seeds = str(len(line.seeds))
     if len(line.seeds) != line.wanted_seeds:
         seeds += f" of {line.wanted_seeds}"

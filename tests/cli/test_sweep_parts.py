@@ -18,7 +18,7 @@ from rsq_stream.cli.sweep.folder import SweepFolder
 from rsq_stream.cli.sweep.places import Place, places_for
 from rsq_stream.cli.sweep.pool import run_all
 from rsq_stream.cli.sweep.runs import SweepRun
-from rsq_stream.cli.sweep.table import as_table, line_of
+from rsq_stream.cli.sweep.table import as_table, sweep_row
 
 from rsq_stream.errors import ScratchError, UsageError
 from rsq_stream.planning.devices import cores
@@ -37,22 +37,22 @@ def result(
 
 def test_mean_and_sample_deviation() -> None:
     # By hand: mean 12, squares 4 + 0 + 4 = 8, over n - 1 = 2 is 4, its root 2.
-    line = line_of("a", 3, {0: result(10, 2), 1: result(12, 3), 2: result(14, 10)})
+    line = sweep_row("a", 3, {0: result(10, 2), 1: result(12, 3), 2: result(14, 10)})
     assert (line.perplexity, line.deviation, line.seconds) == (12, 2, 5)
-    two = line_of("b", 2, {0: result(5.25, bits=3.1), 4: result(5.5, bits=3.3)})
+    two = sweep_row("b", 2, {0: result(5.25, bits=3.1), 4: result(5.5, bits=3.3)})
     assert two.deviation == pytest.approx(0.1767766953, abs=1e-10)  # 0.25 / sqrt 2
     assert two.bits_per_weight == pytest.approx(3.2)
-    assert line_of("c", 1, {3: result(7)}).deviation is None
-    assert line_of("d", 2, {0: result(7), 1: result(float("inf"))}).deviation is None
-    assert line_of("e", 2, {}).perplexity is None
+    assert sweep_row("c", 1, {3: result(7)}).deviation is None
+    assert sweep_row("d", 2, {0: result(7), 1: result(float("inf"))}).deviation is None
+    assert sweep_row("e", 2, {}).perplexity is None
 
 
 def test_the_table() -> None:
     lines = [
-        line_of("bits=2", 3, {n: result(10 + 2 * n, 60.04) for n in range(3)}),
-        line_of("one", 1, {0: result(1234.5678, 0.26, 16)}),
-        line_of("some", 3, {0: result(10.0), 2: result(10.0)}),
-        line_of("none", 3, {}),
+        sweep_row("bits=2", 3, {n: result(10 + 2 * n, 60.04) for n in range(3)}),
+        sweep_row("one", 1, {0: result(1234.5678, 0.26, 16)}),
+        sweep_row("some", 3, {0: result(10.0), 2: result(10.0)}),
+        sweep_row("none", 3, {}),
     ]
     assert as_table(lines).splitlines() == [
         "run      seeds  perplexity  deviation  bits/weight  seconds",

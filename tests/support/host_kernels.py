@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsq_stream.ops.cuda.cubin_cache import Kernel, source_of
-from rsq_stream.ops.cuda.launch import Argument, Grid, check_grid, packed
+from rsq_stream.ops.cuda.launch import Argument, LaunchGrid, check_grid, packed
 
 HEADER = Path(__file__).with_name("cuda_on_host.h")
 GUARD_BYTES = 256
@@ -68,7 +68,7 @@ def require_guards() -> None:
 
 
 def launch(
-    kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]
+    kernel: Kernel, grid: LaunchGrid, threads: int, arguments: Sequence[Argument]
 ) -> None:
     """Take the place of ``ops.launch.launch``."""
     check_grid(kernel, grid)

@@ -18,7 +18,7 @@ from rsq_stream.errors import KernelError
 from rsq_stream.ops.cuda.cubin_cache import Kernel, cubin
 
 Argument = Tensor | int | float
-Grid = tuple[int, int, int]
+LaunchGrid = tuple[int, int, int]
 
 _GRID_LIMIT = (2**31 - 1, 65535, 65535)
 _MOST_IN_REGISTERS = 256
@@ -37,7 +37,7 @@ def output(
 
 
 def launch(
-    kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]
+    kernel: Kernel, grid: LaunchGrid, threads: int, arguments: Sequence[Argument]
 ) -> None:
     """Put one kernel on the current stream of the tensors' device.
 
@@ -120,7 +120,7 @@ def tabled(table: object | None) -> tuple[str, ...]:
     return () if table is None else ("TABLE",)
 
 
-def check_grid(kernel: Kernel, grid: Grid) -> None:
+def check_grid(kernel: Kernel, grid: LaunchGrid) -> None:
     """Refuse a grid that no device takes."""
     if any(size > limit for size, limit in zip(grid, _GRID_LIMIT, strict=True)):
         raise KernelError(f"{kernel}: a grid of {grid} is beyond {_GRID_LIMIT}")
