@@ -1,7 +1,5 @@
 """The lists in pyproject.toml against the tree, and what an import brings in."""
 
-import subprocess
-import sys
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import rsq_stream
+from tests.support.cli_runs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -83,12 +82,6 @@ def test_help_imports_nothing_heavy() -> None:
         f"loaded = [name for name in {HEAVY} if name in sys.modules]\n"
         "sys.exit(code or (f'imported: {loaded}' if loaded else 0))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(program)
     assert done.returncode == 0, done.stderr
     assert "quantize" in done.stdout

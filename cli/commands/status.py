@@ -72,12 +72,11 @@ def read_status(work_dir: Path) -> dict[str, Any]:
         )
     with Journal(path, read_only=True) as journal:
         plan = json.loads(journal.get("plan") or "{}")
-        last = journal.last_block()
+        done = journal.finished_blocks
         total = journal.get("blocks")
         seconds = journal.block_seconds()
         # What --bpw measures is no error of anything that was made.
         linears = [] if measuring else list(journal.linears().values())
-    done = 0 if last is None else last + 1
     timed = seconds[-done:] if done else []  # the first row is no block: embeddings
     linears.sort(key=lambda made: float(made["relative_error"]), reverse=True)
     return {

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rsq_stream.calibration.windows import Windows
 from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
-from rsq_stream.model.block import Block
 from rsq_stream.model.tensor_names import EMBEDDING
 from rsq_stream.pipeline.activations.slots import embed
 from rsq_stream.pipeline.activations.stream import Stream
@@ -63,15 +62,7 @@ def open_block(
     quantizers = ActivationQuantizer(job.plan), AS_COMPUTED
     streams = [
         Stream(
-            block=Block(
-                job.architecture.family,
-                shared.config,
-                index,
-                cast,
-                rope=shared.rope,
-                online=shared.online,
-                quantizer=quantizer,
-            ),
+            block=shared.block(job, index, cast, quantizer),
             slots=slots,
             plan=job.plan,
         )

@@ -82,8 +82,7 @@ def begin(run: QuantizationRun) -> int:
         with run.passes.profiler.stage("embedding and head"):
             write_embedding_and_head(run)
     elif run.calibration is not None:
-        for slot in run.calibration.slots.inputs_of(first):
-            slot.checksums = run.journal.chunks(slot.folder.name)
+        run.calibration.slots.expect_inputs_of(first, run.journal)
     return first
 
 
@@ -141,11 +140,10 @@ def commit_block(
     """Make a block's bytes durable, then journal it."""
     run.output.sync()
     slots = run.calibration.slots if run.calibration else None
-    inputs = slots.inputs_of(index + 1) if slots else []
     run.journal.finish_block(
         index,
         Progress(
-            chunks={slot.folder.name: slot.checksums for slot in inputs},
+            chunks=slots.checksums_of(index + 1) if slots else {},
             linears={record.name: asdict(record) for record in records},
             tensors=run.output.new_checksums(),
             source=run.source.unjournalled(),

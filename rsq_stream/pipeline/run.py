@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsq_stream.checkpoint.hub_shards import (
@@ -22,6 +23,8 @@ from rsq_stream.checkpoint.source_identity import SourceIdentity
 from rsq_stream.config.quantization_plan import DEVICE_FIELDS, QuantizationPlan
 from rsq_stream.errors import Interrupted, ScratchError
 from rsq_stream.events import LinearRecord, Listener
+from rsq_stream.model.activation_quantizer import AS_COMPUTED, ActivationQuantizer
+from rsq_stream.model.block import Block
 from rsq_stream.model.online_rotation import OnlineRotations, planned_rotations
 from rsq_stream.model.transformers_layers import Rope, layer_config
 from rsq_stream.output.folder import OutputFolder
@@ -75,6 +78,24 @@ class Calibration:
             online=planned_rotations(plan, job.architecture),
         )
 
+    def block(
+        self,
+        job: Job,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        quantizer: ActivationQuantizer = AS_COMPUTED,
+    ) -> Block:
+        """Build a block of the run from its tensors, which it does not copy."""
+        return Block(
+            job.architecture.family,
+            self.config,
+            index,
+            tensors,
+            rope=self.rope,
+            online=self.online,
+            quantizer=quantizer,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -91,8 +112,7 @@ class Run:
     @property
     def finished_blocks(self) -> int:
         """The number of blocks that are journalled."""
-        last = self.journal.last_block()
-        return 0 if last is None else last + 1
+        return self.journal.finished_blocks
 
     def close(self) -> None:
         """Stop the threads that hash the source."""
@@ -190,7 +210,7 @@ def _assembled(
     job: Job, journal: Journal, passes: CalibrationPasses
 ) -> QuantizationRun:
     """Make the parts of a run, each from those before it."""
-    run, device = base_run(job, journal, passes), torch.device(job.options.device)
+    run = base_run(job, journal, passes)
     output = OutputFolder(
         job.options.output,
         job.checkpoint,
@@ -200,9 +220,9 @@ def _assembled(
     )
     calibrated = job.plan.needs_calibration
     return QuantizationRun(
-        **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)},
+        **vars(run),
         output=output,
-        codes=WriteBehind(output, copy_stream(device) if calibrated else None),
+        codes=WriteBehind(output, copy_stream(run.device) if calibrated else None),
         calibration=Calibration.of(job, passes) if calibrated else None,
     )
 
@@ -245,8 +265,7 @@ def resume_on_device(journal: Journal, plan: QuantizationPlan) -> QuantizationPl
     changes = json.loads(journal.get("device_changes") or "[]")
     last_kind = changes[-1]["device_kind"] if changes else journalled.device_kind
     if last_kind != plan.device_kind:
-        last = journal.last_block()
-        block = 0 if last is None else last + 1
+        block = journal.finished_blocks
         changes.append({"from_block": block, "device_kind": plan.device_kind})
         journal.put({"device_changes": json.dumps(changes)})
     return journalled

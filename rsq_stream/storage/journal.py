@@ -218,6 +218,12 @@ class Journal:
         rows = self._rows("SELECT MAX(block) FROM blocks")
         return None if rows[0][0] is None else int(rows[0][0])
 
+    @property
+    def finished_blocks(self) -> int:
+        """The number of blocks that are finished; what is outside them is none."""
+        last = self.last_block()
+        return 0 if last is None else last + 1
+
     def block_seconds(self) -> list[float]:
         """Return how long each finished block took, in order."""
         return [

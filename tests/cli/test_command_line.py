@@ -1,7 +1,5 @@
 """The command line: its surface, its output, and what Ctrl-C leaves behind."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from rsq_stream.events import (
     UnitsDone,
 )
 from rsq_stream.planning.validate import require_consistent
-from tests.support.cli_runs import Run
+from tests.support.cli_runs import Run, run_program
 
 HEAVY = ("torch", "transformers", "numba", "zarr", "pyarrow")
 JOB_FLAGS = """
@@ -110,13 +108,7 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         "        assert stop.code == 0, name\n"
         f"sys.exit(str([n for n in {HEAVY} if n in sys.modules] or '') or 0)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(program)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in COMMANDS)
 

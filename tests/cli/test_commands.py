@@ -12,7 +12,7 @@ from rsq_stream.cli.commands import demo as demo_command
 from rsq_stream.cli.doctor import machine
 
 from rsq_stream.demo import CALIBRATION, HELD_OUT, MODEL
-from tests.support.cli_runs import LAUNCH, SMALL, Run
+from tests.support.cli_runs import LAUNCH, SMALL, Run, run_program
 
 
 def test_dry_run_shows_the_plan_and_makes_nothing(run: Run, tmp_path: Path) -> None:
@@ -216,13 +216,7 @@ def test_second_signal_stops_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(5)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(program)
     assert done.returncode == 130
     assert done.stderr.split("\n") == [
         "",

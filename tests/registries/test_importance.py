@@ -1,7 +1,5 @@
 """A strategy is one entry of the registry: no other file has to know it."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from rsq_stream.planning.time_estimate import predict
 from rsq_stream.planning.validate import inspect_checkpoint
 from tests.pipeline.test_resume import RUN, SMALL
 from tests.planning.test_time_estimate import NEVER
+from tests.support.cli_runs import run_program
 from tests.support.toy import (
     STAGES,
     decoded_state,
@@ -159,13 +158,7 @@ def test_names_are_listed_without_torch() -> None:
         "print(*STRATEGIES)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(STRATEGIES)
     assert {"attncon", "actnorm-output", "first-last-n"} < set(STRATEGIES)

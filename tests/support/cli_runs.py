@@ -1,5 +1,7 @@
-"""Running commands in tests: in this process, or what to launch in another."""
+"""Running commands in tests: in this process, or in another."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 from rsq_stream.demo import CALIBRATION
@@ -12,3 +14,14 @@ SMALL = (
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs a command; gives exit code, stdout and stderr."""
+
+
+def run_program(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a process of its own, as an installed tool would run."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

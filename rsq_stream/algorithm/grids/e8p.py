@@ -39,7 +39,6 @@ class LatticeGrid(TableGrid):
     takes_signed_scales: ClassVar[bool] = False
     inputs_per_code: ClassVar[int] = 8
     trials: ClassVar[tuple[float, ...]] = (0.92, 0.96, 1.04, 1.08, 1.13)
-    """Shares of a row's searched scale that are tried too, by the loss they leave."""
 
     @classmethod
     def require_plan(cls, plan: GridPlan) -> None:

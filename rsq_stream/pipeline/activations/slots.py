@@ -21,6 +21,7 @@ from rsq_stream.storage import atomic
 from rsq_stream.storage.activation_cache import Slot
 from rsq_stream.storage.activation_shape import slot_shape
 from rsq_stream.storage.direct_io import has_direct_io
+from rsq_stream.storage.journal import Journal
 
 TURNS = ("even", "odd", "h")
 
@@ -88,6 +89,15 @@ class RunSlots:
     def inputs_of(self, block: int) -> list[Slot]:
         """Return each stream's slot with a block's input, the output of the last."""
         return [turns[block % 2] for turns in self._streams]
+
+    def checksums_of(self, block: int) -> dict[str, dict[int, int]]:
+        """Return the checksums of a block's input, by the names of its slots."""
+        return {slot.folder.name: slot.checksums for slot in self.inputs_of(block)}
+
+    def expect_inputs_of(self, block: int, journal: Journal) -> None:
+        """Take a block's input as an earlier process journalled it."""
+        for slot in self.inputs_of(block):
+            slot.checksums = journal.chunks(slot.folder.name)
 
     def release_inputs_of(self, block: int) -> None:
         """Let go of the memory of a finished block's input, long before its next turn.

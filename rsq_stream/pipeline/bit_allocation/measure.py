@@ -18,7 +18,6 @@ from rsq_stream.config.activations import NOTHING
 from rsq_stream.config.quantization_plan import QuantizationPlan
 from rsq_stream.errors import DamagedError, Interrupted, PlanMismatchError, ScratchError
 from rsq_stream.events import BlockFinished, Listener, Notice, RunStarted, ignore
-from rsq_stream.model.block import Block
 from rsq_stream.model.tensor_names import block_prefix
 from rsq_stream.output.folder_checks import require_apart
 from rsq_stream.pipeline import disk_space
@@ -125,8 +124,7 @@ class MeasuringRun(Run):
     ) -> "MeasuringRun":
         """Make the parts of a run, and go on where the journal says."""
         run = base_run(job, journal, passes)
-        parts = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-        return cls(**parts, calibration=Calibration.of(job, passes))
+        return cls(**vars(run), calibration=Calibration.of(job, passes))
 
     def costs(self) -> Costs:
         """Measure the blocks that are left; return the costs of all linears."""
@@ -148,8 +146,7 @@ class MeasuringRun(Run):
             embed(slots.inputs_of(0), windows, rows, self.passes.check)
             self._commit(NO_BLOCK, 0.0, {})
         else:
-            for slot in slots.inputs_of(first):
-                slot.checksums = self.journal.chunks(slot.folder.name)
+            slots.expect_inputs_of(first, self.journal)
         for index in range(first, blocks):
             self.passes.check()
             self.hub_shards.advance_to(index)
@@ -176,14 +173,7 @@ class MeasuringRun(Run):
             offloads=job.execution.offloads_weights,
         )
         (slots,) = shared.slots.of_block(index)
-        block = Block(
-            job.architecture.family,
-            shared.config,
-            index,
-            cast,
-            rope=shared.rope,
-            online=shared.online,
-        )
+        block = shared.block(job, index, cast)
         stream = Stream(block=block, slots=slots, plan=job.plan)
         return BlockSensitivity(
             run=self,
@@ -196,7 +186,7 @@ class MeasuringRun(Run):
     def _commit(self, index: int, seconds: float, costs: Costs) -> None:
         slots, prefix = self.calibration.slots, block_prefix(index)
         progress = Progress(
-            chunks={s.folder.name: s.checksums for s in slots.inputs_of(index + 1)},
+            chunks=slots.checksums_of(index + 1),
             linears={
                 prefix + linear: {str(bits): cost for bits, cost in row.items()}
                 for linear, row in costs.items()
